@@ -8,6 +8,7 @@ a JSON-lines file of titles and classes a split. Out: outputs/best.pt, which cli
 """
 
 import copy
+import functools
 import hashlib
 import html
 import json
@@ -19,7 +20,6 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from tqdm import tqdm
@@ -91,13 +91,11 @@ SAMPLE_RUN = {
     "CLASS_PROMPT_SHARE": 0.5,
 }
 
-
 class Stop(SystemExit):
     """The run cannot go on: one line saying what, where and what to do. Exits with 1."""
 
-
 def read_settings():
-    """The constants by name, with SAMPLE_RUN's in place where the default dataset is missing."""
+    """The constants, with SAMPLE_RUN's in place of some where the default dataset is missing."""
     settings = {name: value for name, value in globals().items() if name.isupper() and name != "F"}
     if settings["IMAGE_PATH"] == "data/indo-fashion" and not os.path.isdir("data/indo-fashion"):
         print("IndoFashion is not in data/indo-fashion (www.kaggle.com/datasets/validmodel/"
@@ -105,52 +103,22 @@ def read_settings():
         settings |= SAMPLE_RUN
     return SimpleNamespace(**settings)
 
-
-# ---- Processes: one, or as many as torchrun started ---------------------------------------------
+# ---- Processes: one, or those that torchrun started --------------------------------------------
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
-
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
-
 def local_rank():
-    """The number of this process on its machine, as torchrun tells it."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
-
-def say(*lines):
-    """Print from the first process only, above the progress bar."""
-    if rank() == 0:
-        tqdm.write("\n".join(lines))
-
-
-def everyone(value):
-    """[the value of each process], which all of them wait for."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def gather_rows(rows, count):
-    """The `count` rows [count, D] that the processes hold in turns (r, r + world size, …), in order.
-
-    rows: this process's, [its share, D]. Gradients reach these only: the others' are constants.
-    """
-    if world_size() == 1:
-        return rows
-    share = -(-count // world_size())
-    padded = F.pad(rows, (0, 0, 0, share - len(rows)))
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded.detach())
-    parts[rank()] = padded
-    return torch.stack(parts, 1).flatten(0, 1)[:count]
-
+def my_share():
+    """The slice of any rows that is this process's: rank, rank + world size, …"""
+    return slice(rank(), None, world_size())
 
 def join_processes():
-    """Join torchrun's other processes, if any → this process's device."""
+    """Meet the other processes, where there are any → this one's device."""
     cuda = torch.cuda.is_available()
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -160,23 +128,27 @@ def join_processes():
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     return torch.device("cuda", local_rank())
 
+def say(*lines):
+    """Print above the progress bar, from the first process only."""
+    if rank() == 0:
+        tqdm.write("\n".join(lines))
 
-def halving(work, chunk):
-    """work(chunk), and again with half the chunk each time the device has too little memory for it.
+def everyone(value):
+    """[value of each process]. All of them have to ask, and wait for each other."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
-    Returns (the result, the chunk that fitted). The result does not depend on the chunk.
-    """
-    while True:
-        try:
-            return work(chunk), chunk
-        except torch.OutOfMemoryError:
-            if chunk == 1:
-                raise Stop("out of memory even one pair at a time: a smaller MODEL or BATCH_SIZE, or "
-                           "a device that nothing else uses, is needed") from None
-        torch.cuda.empty_cache()  # outside except, where the error holds the tensors no longer
-        chunk = -(-chunk // 2)
-        tqdm.write(f"out of memory: the same again, {chunk} pairs at a time")
-
+def gather_rows(rows, count):
+    """The shares of all processes, [share, D] each → the `count` rows [count, D] in their order."""
+    if world_size() == 1:
+        return rows
+    longest = -(-count // world_size())
+    padded = F.pad(rows, (0, 0, 0, longest - len(rows)))
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, 1).flatten(0, 1)[:count]
 
 # ---- Data: rows → captions and pictures --------------------------------------------------------
 class Record(NamedTuple):
@@ -186,74 +158,66 @@ class Record(NamedTuple):
     class_label: str
     titled: bool  # else the caption is a class prompt
 
-
-def class_name(class_label, class_names):
-    """women_kurta → "women's kurta" where class_names knows better, else "women kurta"."""
-    return class_names.get(class_label, " ".join(class_label.split("_")))
-
+def class_prompts(class_label, settings):
+    """saree → ["a photo of a saree", …], one for each of PROMPTS."""
+    name = settings.CLASS_NAMES.get(class_label, " ".join(class_label.split("_")))
+    return [prompt.format(name) for prompt in settings.PROMPTS]
 
 def clean(text):
     """Plain words: entities resolved, white space collapsed, nothing that UTF-8 cannot hold."""
-    text = html.unescape(text).encode("utf-8", "ignore").decode("utf-8")
-    return " ".join(text.split())
-
-
-def parse_row(row, line, prompt, class_names):
-    """One row's object → Record. Raises ValueError with the reason where it cannot be used."""
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    path, label, title = (row.get(key) for key in ("image_path", "class_label", "product_title"))
-    if not isinstance(path, str) or not path.strip():
-        raise ValueError("no image_path")
-    if not isinstance(label, str) or not clean(label):
-        raise ValueError("no class_label")
-    if os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == "..":
-        raise ValueError(f"image_path leads outside IMAGE_PATH: {path!r}")
-    caption, label = clean(title) if isinstance(title, str) else "", sys.intern(clean(label))
-    if titled := caption.upper() not in ("", "N/A", "NA"):
-        return Record(line, path, caption, label, titled)
-    return Record(line, path, prompt.format(class_name(label, class_names)), label, titled)
-
+    text = html.unescape(text) if isinstance(text, str) else ""
+    return " ".join(text.encode("utf-8", "ignore").decode("utf-8").split())
 
 def read_rows(json_path):
-    """Yields (line, object or None): JSON lines, or the items of one array, numbered from 1."""
+    """Yields (line, object): JSON lines, or the items of one array, from 1; None if not JSON."""
     with open(json_path, encoding="utf-8-sig", errors="replace") as file:
-        if file.read(64).lstrip().startswith("["):
-            file.seek(0)
-            with suppress(ValueError, RecursionError):
+        with suppress(ValueError, RecursionError):
+            if file.read(64).lstrip().startswith("["):
+                file.seek(0)
                 yield from enumerate(json.load(file), 1)
                 return
         file.seek(0)
         for line, text in enumerate(file, 1):
+            row = None
+            with suppress(ValueError, RecursionError):
+                row = json.loads(text)
             if text.strip():
-                try:
-                    yield line, json.loads(text)
-                except (ValueError, RecursionError):
-                    yield line, None
+                yield line, row
 
+def why_unusable(row):
+    """What keeps a row from use, or "": all that can be told without its picture."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    path = row.get("image_path")
+    if not isinstance(path, str) or not path.strip():
+        return "no image_path"
+    if os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == "..":
+        return f"image_path leads outside IMAGE_PATH: {path}"
+    return "" if clean(row.get("class_label")) else "no class_label"
 
-def read_records(json_path, prompt, class_names):
+def read_records(json_path, settings):
     """The usable rows of a JSON-lines file (or of one JSON array), and the others.
 
-    Returns (list of Record, list of (line, reason)). A title that is missing or N/A becomes the
-    class prompt. Raises OSError where the file cannot be read.
+    Returns ([Record], [(line, reason)]). A title that is missing or N/A becomes a class prompt.
+    Raises OSError where the file cannot be read.
     """
     records, skipped = [], []
     for line, row in read_rows(json_path):
-        try:
-            records.append(parse_row(row, line, prompt, class_names))
-        except ValueError as reason:
-            skipped.append((line, str(reason)))
+        if reason := why_unusable(row):
+            skipped.append((line, reason))
+            continue
+        label, title = sys.intern(clean(row["class_label"])), clean(row.get("product_title"))
+        titled = title.upper() not in ("", "N/A", "NA")
+        caption = title if titled else class_prompts(label, settings)[0]
+        records.append(Record(line, row["image_path"], caption, label, titled))
     return records, skipped
-
 
 def tokenize(captions):
     """Captions → (tokens int32 [N, 77], how many captions were longer and had to be truncated)."""
     tokens = clip.tokenize(captions, context_length=78, truncate=True).int()
     too_long = tokens[:, 77] != 0
-    tokens[too_long, 76] = tokens[too_long, 77]  # the end token, where encode_text reads
+    tokens[too_long, 76] = tokens[too_long, 77]  # the end token, at which the text is read
     return tokens[:, :77], int(too_long.sum())
-
 
 def load_image(path, resolution):
     """A picture as a viewer shows it, resized and cropped as CLIP does: uint8 [3, R, R].
@@ -274,6 +238,16 @@ def load_image(path, resolution):
     image = resize(image.convert("RGB"), resolution, InterpolationMode.BICUBIC)
     return pil_to_tensor(center_crop(image, resolution))
 
+def read_image(path, resolution):
+    """As load_image, but where the picture cannot be used, the reason, a string."""
+    try:
+        if os.path.getsize(path) == 0:
+            return f"the image is empty: {path}"
+        return load_image(path, resolution)
+    except FileNotFoundError:
+        return f"no image: {path}"
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        return f"the image cannot be read ({error}): {path}"
 
 @contextmanager
 def replacing(path):
@@ -284,139 +258,103 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise Stop(f"cannot write {path}: {error.strerror}. What it held before is still there") from None
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
-
 
 def write_lines(path, rows):
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
+def map_pixels(path, shape):
+    """The cache file's pixels, uint8 [N, 3, R, R]: the system reads what is touched, and keeps it."""
+    return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
 
-def map_pixels(path, num_images, resolution):
-    """The cache file as a uint8 tensor [N, 3, R, R]; the system reads what is touched."""
-    size = num_images * 3 * resolution**2
-    pixels = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-    return pixels.view(num_images, 3, resolution, resolution)
+def decode_batch(rows_and_paths, pixel_path, shape):
+    """Decode pictures into the cache file, if there is one → {row: why it cannot be used}."""
+    bad = {}
+    for row, path in rows_and_paths:
+        pixels = read_image(path, shape[-1])
+        if isinstance(pixels, str):
+            bad[row] = pixels
+        elif pixel_path:
+            map_pixels(pixel_path, shape)[row] = pixels
+    return bad
 
+def decode_pictures(paths, pixel_path, shape, num_workers):
+    """Decode every picture once, shared out over a machine's processes → {row: reason} of the bad."""
+    mine = list(enumerate(paths))[local_rank() :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
+    decode = functools.partial(decode_batch, pixel_path=pixel_path, shape=shape)
+    pool = DataLoader(mine, 32, num_workers=num_workers, collate_fn=decode,
+                      worker_init_fn=leave_signals)
+    bar = tqdm(pool, "decoding", unit_scale=32, unit=" pictures", leave=False, disable=None if rank() == 0 else True)
+    bad = {row: reason for part in bar for row, reason in part.items()}
+    return {row: reason for part in everyone(bad) for row, reason in part.items()}
 
-class PicturePass(Dataset):
-    """Row → the reason why its picture cannot be used, or "". Stores the pixels of the others."""
+def cache_pictures(paths, resolution, pixel_path, num_workers):
+    """All pixels in one memory-mapped file, made again when the rows, files or resolution change.
 
-    def __init__(self, paths, resolution, pixel_path):
-        self.paths, self.resolution, self.pixel_path = paths, resolution, pixel_path
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, row):
-        path = self.paths[row]
-        try:
-            if os.path.getsize(path) == 0:
-                return f"the image is empty: {path}"
-            pixels = load_image(path, self.resolution)
-        except FileNotFoundError:
-            return f"no image: {path}"
-        except Exception as error:  # damaged files make Pillow raise nearly anything
-            return f"the image cannot be read ({error}): {path}"
-        if self.pixel_path:
-            map_pixels(self.pixel_path, len(self), self.resolution)[row] = pixels
-        return ""
-
-
-def decode_pictures(paths, resolution, pixel_path, num_workers, title):
-    """Decode each picture once, into pixel_path where it is given. Returns {row: reason}."""
-    mine = range(local_rank(), len(paths), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    pool = DataLoader(PicturePass(paths, resolution, pixel_path), 32, sampler=mine,
-                      num_workers=num_workers, collate_fn=list, worker_init_fn=leave_signals)
-    bar = tqdm(pool, f"{title}: decoding", unit_scale=32, unit=" pictures", leave=False,
-               disable=None if rank() == 0 else True)
-    reasons = [reason for batch in bar for reason in batch]
-    bad = [{row: reason for row, reason in zip(mine, reasons) if reason}]
-    return {row: reason for part in everyone(bad[0]) for row, reason in part.items()}
-
-
-def signature(path):
-    """What changes with the file: its size and time of change, in ns."""
-    try:
-        return path, (status := os.stat(path)).st_size, status.st_mtime_ns
-    except (OSError, ValueError):
-        return path, None
-
-
-def cache_pictures(paths, resolution, cache_path, num_workers, title):
-    """The pictures' pixels in one memory-mapped file, decoded anew when rows or files changed.
-
-    Returns (uint8 [N, 3, R, R], or None where cache_path is empty; {row: reason} of bad pictures).
+    Returns (uint8 [N, 3, R, R], or None without pixel_path; {row: why its picture is unusable}).
+    After the pixels the file holds, as JSON, what they were made from and the bad pictures.
     """
-    if not cache_path:
-        return None, decode_pictures(paths, resolution, "", num_workers, title)
-    pixel_path = os.path.join(cache_path, f"{title}-{resolution}.u8")
-    size = len(paths) * 3 * resolution**2  # bytes of pixels; then what they were made from, as JSON
-    files = "\n".join(map(str, map(signature, paths)))
-    key = hashlib.sha256(f"{resolution} {files}".encode("utf-8", "replace")).hexdigest()
-    bad = read_bad_pictures(pixel_path, size, key)
+    shape = (len(paths), 3, resolution, resolution)
+    if not pixel_path:
+        return None, decode_pictures(paths, "", shape, num_workers)
+    made_from, bad = hashlib.sha256(str(shape).encode()), None
+    for path in paths:
+        with suppress(OSError, ValueError):
+            status = os.stat(path)
+            made_from.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    with suppress(OSError, ValueError), open(pixel_path, "rb") as file:
+        file.seek(math.prod(shape))
+        key, reasons = json.load(file)
+        bad = dict(reasons) if key == made_from.hexdigest() else None
     if None in everyone(bad):
         first = local_rank() == 0
-        temporary_name = replacing(pixel_path) if first else nullcontext(f"{pixel_path}.tmp")
-        os.makedirs(cache_path, exist_ok=True)
-        with temporary_name as temporary:
+        with replacing(pixel_path) if first else nullcontext(f"{pixel_path}.tmp") as temporary:
             if first:
-                reserve(temporary, size)
+                reserve(temporary, math.prod(shape))
             everyone("the file is there")
-            bad = decode_pictures(paths, resolution, temporary, num_workers, title)
+            bad = decode_pictures(paths, temporary, shape, num_workers)
             if first:
                 with open(temporary, "ab") as file:
-                    file.write(json.dumps({"key": key, "bad": bad}).encode())
+                    file.write(json.dumps([made_from.hexdigest(), list(bad.items())]).encode())
         everyone("the file is whole")
-    return map_pixels(pixel_path, len(paths), resolution), bad
-
-
-def read_bad_pictures(pixel_path, size, key):
-    """{row: reason} from the end of a cache file, or None where it was made from something else."""
-    with suppress(OSError, ValueError), open(pixel_path, "rb") as file:
-        file.seek(size)
-        made_from = json.load(file)
-        if made_from["key"] == key:
-            return {int(row): reason for row, reason in made_from["bad"].items()}
-
+    return map_pixels(pixel_path, shape), bad
 
 def reserve(path, size):
     """Make a file of that many bytes, on disk space of its own where the system can do that."""
     folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
     if size > (free := shutil.disk_usage(folder).free):
         raise Stop(f"CACHE_PATH: {folder} needs {size / 1e9:.1f} GB for decoded pictures and has "
                    f"{free / 1e9:.1f}. Free some, choose another folder, or \"\" for no cache")
     with open(path, "wb") as file:
         file.truncate(size)
-        if size and hasattr(os, "posix_fallocate"):  # else a disk that fills would end in a crash
+        if size and hasattr(os, "posix_fallocate"):  # a disk that fills up later would be a crash
             os.posix_fallocate(file.fileno(), 0, size)
-
 
 class FashionDataset(Dataset):
     """Row → (pixels uint8 [3, R, R], tokens int32 [77], the row).
 
-    tokens: int32 [captions and class prompts, 77], each text once; caption_ids: int64 [N], the row's
-    place in it; prompt_ids: int64 [N, P], those of its class's prompts; pixels: the cache, of which
-    the picture of row i is cache_rows[i], or None: then a picture is decoded when asked for.
+    tokens: int32 [captions, then class prompts, 77], each text once; caption_ids: int64 [N], the
+    row's place in it; prompt_ids: int64 [N, P], those of its class's prompts. pixels: the cache, in
+    which row i is cache_rows[i], or None: then a picture is decoded when it is asked for.
     """
 
     def __init__(self, split, records, settings, resolution, pixels, cache_rows, num_workers):
-        self.split, self.records, self.resolution = split, records, resolution
+        self.split, self.records, self.settings, self.resolution = split, records, settings, resolution
         self.pixels, self.cache_rows = pixels, cache_rows
-        self.image_folder, self.skipped_path = settings.IMAGE_PATH, skipped_path(settings)
-        prompts = {label: [prompt.format(class_name(label, settings.CLASS_NAMES))
-                           for prompt in settings.PROMPTS] for label in {r.class_label for r in records}}
-        ids = {caption: i for i, caption in enumerate(dict.fromkeys(r.caption for r in records))}
-        self.captions = list(ids)
-        for prompt in sum(prompts.values(), []):
-            ids.setdefault(prompt, len(ids))
-        self.caption_ids = torch.tensor([ids[r.caption] for r in records])
+        self.captions = list(dict.fromkeys(record.caption for record in records))
+        prompts = {r.class_label: class_prompts(r.class_label, settings) for r in records}
+        texts = list(dict.fromkeys(self.captions + sum(prompts.values(), [])))
+        ids = {text: i for i, text in enumerate(texts)}
+        self.caption_ids = torch.tensor([ids[record.caption] for record in records])
         self.prompt_ids = torch.tensor([[ids[p] for p in prompts[r.class_label]] for r in records])
-        self.titled = torch.tensor([r.titled for r in records])
-        pool = DataLoader(list(ids), 1024, collate_fn=tokenize, num_workers=num_workers,
-                          worker_init_fn=leave_signals)
+        self.titled = torch.tensor([record.titled for record in records])
+        pool = DataLoader(texts, 1024, collate_fn=tokenize, num_workers=num_workers)
         tokens, truncated = zip(*pool)
         self.tokens, self.truncated = torch.cat(tokens), sum(truncated)
 
@@ -427,28 +365,14 @@ class FashionDataset(Dataset):
         if self.pixels is not None:
             pixels = self.pixels[self.cache_rows[row]]
         else:
-            row, pixels = self.decode(row)
+            path = os.path.join(self.settings.IMAGE_PATH, self.records[row].image_path)
+            pixels = read_image(path, self.resolution)
+        if isinstance(pixels, str):  # it has vanished since the start: the next row stands for it
+            skip = {"split": self.split, "line": self.records[row].line, "reason": pixels}
+            with open(os.path.join(self.settings.OUTPUT_PATH, "skipped.jsonl"), "a") as file:
+                file.write(json.dumps(skip) + "\n")
+            return self[(row + 1) % len(self)]
         return pixels, self.tokens[self.caption_ids[row]], row
-
-    def collate(self, items):
-        """As torch collates, and also for a process that has no row of a last, small batch."""
-        if items:
-            return default_collate(items)
-        pixels = torch.empty(0, 3, self.resolution, self.resolution, dtype=torch.uint8)
-        return pixels, self.tokens[:0], torch.empty(0, dtype=torch.int64)
-
-    def decode(self, row):
-        """→ (row, its pixels); where the picture has vanished since, those of the next row."""
-        for row in range(row, row + len(self)):
-            record = self.records[row % len(self)]
-            try:
-                path = os.path.join(self.image_folder, record.image_path)
-                return row % len(self), load_image(path, self.resolution)
-            except Exception as error:  # as in PicturePass
-                skip = {"split": self.split, "line": record.line, "reason": f"vanished: {error}"}
-                with open(self.skipped_path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(skip) + "\n")
-        raise OSError(f"no picture in {self.image_folder} can be read any more")
 
     def with_prompts(self, share, generator):
         """This dataset with a random class prompt for that share of the titles, and for no title."""
@@ -459,40 +383,30 @@ class FashionDataset(Dataset):
         epoch.caption_ids = torch.where(prompted, prompts, self.caption_ids)
         return epoch
 
-
-def skipped_path(settings):
-    return os.path.join(settings.OUTPUT_PATH, "skipped.jsonl")
-
-
-def leave_signals(_worker):
-    """Ctrl-C reaches worker processes too, but it is the main process that ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def load_split(split, json_path, settings, resolution, num_workers):
     """→ (FashionDataset, [{split, line, reason}] of the rows left out). Stops where most are."""
-    records, skipped = read_records(json_path, settings.PROMPTS[0], settings.CLASS_NAMES)
+    records, skipped = read_records(json_path, settings)
+    total = len(records) + len(skipped)
     paths = [os.path.join(settings.IMAGE_PATH, record.image_path) for record in records]
-    pixels, bad = cache_pictures(paths, resolution, settings.CACHE_PATH, num_workers, split)
+    file = settings.CACHE_PATH and os.path.join(settings.CACHE_PATH, f"{split}-{resolution}.u8")
+    pixels, bad = cache_pictures(paths, resolution, file, num_workers)
     skipped = sorted(skipped + [(records[row].line, reason) for row, reason in bad.items()])
     rows = [row for row in range(len(records)) if row not in bad]
     if len(skipped) > len(rows) or not rows:
         line, reason = skipped[0] if skipped else (1, "the file is empty")
-        raise Stop(f"{json_path}: {len(skipped)} of {len(records) + len(skipped) - len(bad)} rows cannot be used. "
-                   f"Line {line}: {reason}. Check IMAGE_PATH and JSON_PATH")
-    dataset = FashionDataset(split, [records[row] for row in rows], settings, resolution, pixels,
-                             rows, num_workers)
+        raise Stop(f"{json_path}: {len(skipped)} of {total} rows cannot be used. Line {line}: {reason}. "
+                   "Check IMAGE_PATH and JSON_PATH")
+    records = [records[row] for row in rows]
+    dataset = FashionDataset(split, records, settings, resolution, pixels, rows, num_workers)
     say(f"{split:5} {len(rows):7,} rows used, {len(skipped):,} left out; {len(dataset.captions):,} "
         f"captions, {int((~dataset.titled).sum()):,} class prompts for missing titles, "
         f"{dataset.truncated:,} cut to 77 tokens")
     return dataset, [{"split": split, "line": line, "reason": why} for line, why in skipped]
 
-
 def load_splits(settings, resolution, num_workers):
     """{split: FashionDataset} of the splits there are; lists the rows left out in skipped.jsonl."""
     if not os.path.isdir(settings.IMAGE_PATH):
-        raise Stop(f"IMAGE_PATH: there is no folder {settings.IMAGE_PATH!r}")
+        raise Stop(f"IMAGE_PATH: there is no folder {settings.IMAGE_PATH}")
     splits, skipped = {}, []
     for split in ("train", "val", "test"):
         json_path = settings.JSON_PATH.replace("{split}", split)
@@ -500,13 +414,12 @@ def load_splits(settings, resolution, num_workers):
             splits[split], left_out = load_split(split, json_path, settings, resolution, num_workers)
             skipped += left_out
         elif split == "train":
-            raise Stop(f"JSON_PATH: there is no file {json_path!r}")
+            raise Stop(f"JSON_PATH: there is no file {json_path}")
         else:
-            say(f"{split:5} no {json_path}: nothing is evaluated on it")
+            say(f"{split:5} no file {json_path}: nothing is evaluated on it")
     if rank() == 0:
-        write_lines(skipped_path(settings), skipped)
+        write_lines(os.path.join(settings.OUTPUT_PATH, "skipped.jsonl"), skipped)
     return splits
-
 
 # ---- Model -------------------------------------------------------------------------------------
 def read_weights(path):
@@ -517,7 +430,6 @@ def read_weights(path):
             return torch.jit.load(path, map_location="cpu").state_dict()
         except RuntimeError:
             return torch.load(path, map_location="cpu", weights_only=True)
-
 
 def load_clip(name, device):
     """CLIP in float32, in eval mode: no dropout, and the RN models' batch norm stays frozen.
@@ -544,7 +456,6 @@ def load_clip(name, device):
     model.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
     return model.float().to(device).eval()
 
-
 def choose_precision(device):
     """The dtype to compute the encoders in; the weights stay float32."""
     if device.type == "cuda":  # a T4 claims bfloat16, which it only emulates
@@ -552,7 +463,6 @@ def choose_precision(device):
         return torch.bfloat16 if native else torch.float16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
-
 
 def run_blocks(transformer, tokens, attend, read):
     """CLIP's residual attention blocks on packed tokens [T, width] → rows `read` of the result.
@@ -570,17 +480,14 @@ def run_blocks(transformer, tokens, attend, read):
         tokens = tokens + block.mlp.c_proj(F.silu(hidden * 1.702) / 1.702)
     return tokens
 
-
 def layer_norm(tokens, norm):
     return F.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
 
 def attention(queries_keys_values, num_sequences, heads, causal):
     """Heads of 64 over sequences of one length, [N · L, 3 · width] → [N · L, width]."""
     heads_first = queries_keys_values.view(num_sequences, -1, 3, heads, 64).permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(*heads_first, is_causal=causal)
     return mixed.transpose(1, 2).reshape(len(queries_keys_values), -1)
-
 
 def encode_vit(visual, images):
     """As visual(images): float32 [B, 3, R, R] → [B, D], the patches embedded by one product."""
@@ -595,7 +502,6 @@ def encode_vit(visual, images):
         return attention(queries_keys_values, batch, heads, causal=False)
     tokens = run_blocks(visual.transformer, tokens.flatten(0, 1), attend, first)
     return layer_norm(tokens, visual.ln_post) @ visual.proj
-
 
 def encode_text(model, tokens):
     """As model.encode_text(tokens): int32 [C, 77] on the CPU → [C, D], without the padding.
@@ -615,7 +521,6 @@ def encode_text(model, tokens):
     embedded = model.token_embedding(words) + model.positional_embedding[slots % longest]
     return layer_norm(run_blocks(model.transformer, embedded, attend, end), model.ln_final) @ model.text_projection
 
-
 def encode_images(model, images, precision):
     """Images float32 [B, 3, R, R] in 0..1 → image_features float32 [B, D] of length 1."""
     images = (images - model.mean) / model.std
@@ -624,13 +529,11 @@ def encode_images(model, images, precision):
         image_features = encode_vit(model.visual, images) if vit else model.visual(images)
     return F.normalize(image_features.float(), dim=-1)
 
-
 def encode_captions(model, tokens, precision):
     """Tokens int32 [C, 77] on the CPU → text_features float32 [C, D] of length 1."""
     with torch.autocast(model.mean.device.type, precision, enabled=precision != torch.float32):
         text_features = encode_text(model, tokens)
     return F.normalize(text_features.float(), dim=-1)
-
 
 # ---- Loss --------------------------------------------------------------------------------------
 def clip_loss(image_features, text_features, logit_scale, caption_ids):
@@ -645,7 +548,6 @@ def clip_loss(image_features, text_features, logit_scale, caption_ids):
     loss_per_image = F.cross_entropy(logits_per_image, targets)
     return (loss_per_image + F.cross_entropy(logits_per_image.T, targets)) / 2
 
-
 # ---- Step --------------------------------------------------------------------------------------
 def make_optimizer(model, weight_decay):
     """AdamW as CLIP was trained with, decaying matrices but no norm, bias or logit_scale."""
@@ -654,7 +556,6 @@ def make_optimizer(model, weight_decay):
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
-
 def learning_rate(step, total_steps, warmup_steps, peak):
     """The rate of a step from 0: a linear warm-up to the peak, then a cosine, 0 at total_steps."""
     if step < warmup_steps:
@@ -662,11 +563,10 @@ def learning_rate(step, total_steps, warmup_steps, peak):
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
-
 def augment(images, draws, min_crop):
     """A random crop of at least min_crop of each side, and a flip of every other picture.
 
-    images: float32 [B, 3, R, R]; draws: [B, 4] uniform in 0..1.
+    images: float32 [B, 3, R, R]; draws: [B, 4], uniform in 0..1.
     """
     side = 1 - (1 - min_crop) * draws[:, 0]
     view = torch.zeros(len(images), 2, 3, device=images.device)
@@ -676,297 +576,240 @@ def augment(images, draws, min_crop):
     grid = F.affine_grid(view, images.shape, align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
-
 def chunks(count, size):
     return [slice(start, start + size) for start in range(0, count, size)]
 
+def halving(work, run):
+    """work(run.chunk), and again with half the chunk while the device has too little memory."""
+    while True:
+        try:
+            return work(run.chunk)
+        except torch.OutOfMemoryError:
+            if run.chunk == 1:
+                raise Stop("out of memory even one pair at a time: this MODEL or BATCH_SIZE is too "
+                           "large for the device") from None
+        torch.cuda.empty_cache()  # not inside except, where the error still holds the tensors
+        run.chunk = -(-run.chunk // 2)
+        tqdm.write(f"Out of memory: the same again, {run.chunk} pairs at a time.")
 
-def encode_in_chunks(model, towers, chunk):
-    """[features [count, D] of each (count, tower)]; only one chunk of all keeps its graph.
+def encode_in_chunks(run, towers):
+    """[features [count, D] of each (count, tower)], with a graph only where one chunk is enough.
 
-    tower: a slice of the rows → their features.
+    tower: a slice of the count rows → their features. The features do not depend on the chunk.
     """
-    keep_graph = torch.is_grad_enabled() and all(count <= chunk for count, _ in towers)
-    none = model.text_projection.new_zeros(0, model.text_projection.shape[1])
-    with torch.set_grad_enabled(keep_graph):
-        return [torch.cat([none, *map(tower, chunks(count, chunk))]) for count, tower in towers]
-
-
-def to_device(tensor, device):
-    return tensor.to(device, non_blocking=True)
-
+    none = run.model.text_projection.new_zeros(0, run.model.text_projection.shape[1])
+    def encode(chunk):
+        keep_graph = torch.is_grad_enabled() and all(count <= chunk for count, _ in towers)
+        with torch.set_grad_enabled(keep_graph):
+            return [torch.cat([none, *map(tower, chunks(count, chunk))]) for count, tower in towers]
+    return halving(encode, run)
 
 def train_step(run, pixels, tokens, batch_size, total_step):
     """One optimizer step: the same for any batch, chunk, and number of processes. Returns the loss.
 
-    The contrastive loss couples all pairs of the global batch, as in the CLIP paper. It is computed
-    on features cut off from the encoders; its gradients are then pushed back chunk by chunk, each
-    encoded again (GradCache, Gao et al. 2021, arXiv 2101.06983). One chunk keeps its graph instead.
+    The loss couples all pairs of the global batch, as in the CLIP paper. It is computed on features
+    cut off from the encoders; their gradients are then pushed back through each chunk, encoded again
+    (GradCache, Gao et al. 2021, arXiv 2101.06983). A single chunk has kept its graph instead.
 
-    pixels: uint8 [b, 3, R, R], tokens: int32 [b, 77]: this process's share of batch_size pairs.
-    The loss stays on the device: to read it would wait for the device.
+    pixels: uint8 [b, 3, R, R], tokens: int32 [b, 77]: this process's share of batch_size pairs. The
+    loss is a tensor: to read it is to wait for the device.
     """
-    model, settings, device = run.model, run.settings, run.model.mean.device
-    mine = slice(rank(), None, world_size())
-    generator = torch.Generator().manual_seed(settings.SEED * 1_000_003 + total_step)
-    draws = to_device(torch.rand(batch_size, 4, generator=generator)[mine], device)
-    same_tokens = gather_rows(tokens, batch_size).unique(dim=0, return_inverse=True)[1]
+    model, device, mine = run.model, run.model.mean.device, my_share()
+    generator = torch.Generator().manual_seed(run.settings.SEED * 1_000_003 + total_step)
+    draws = torch.rand(batch_size, 4, generator=generator)[mine].to(device, non_blocking=True)
+    caption_ids = gather_rows(tokens, batch_size).unique(dim=0, return_inverse=True)[1].to(device)
     captions, which = tokens.unique(dim=0, return_inverse=True)  # each distinct caption once
-    caption_ids, which = to_device(same_tokens, device), to_device(which, device)
-
     def encode_pictures(rows):
-        images = to_device(pixels[rows], device).float().div(255)
-        images = augment(images, draws[rows], settings.MIN_CROP)
-        return encode_images(model, images, run.precision)
-
-    towers = ((len(pixels), encode_pictures),
-              (len(captions), lambda rows: encode_captions(model, captions[rows], run.precision)))
-    features, run.chunk = halving(lambda chunk: encode_in_chunks(model, towers, chunk), run.chunk)
-    gathered = [gather_rows(features[0].detach(), batch_size),
-                gather_rows(features[1].detach()[which], batch_size)]
-
+        images = pixels[rows].to(device, non_blocking=True).float().div(255)
+        return encode_images(model, augment(images, draws[rows], run.settings.MIN_CROP), run.precision)
+    towers = [(len(pixels), encode_pictures),
+              (len(captions), lambda rows: encode_captions(model, captions[rows], run.precision))]
+    features = encode_in_chunks(run, towers)
+    gathered = [gather_rows(rows.detach(), batch_size) for rows in (features[0], features[1][which])]
     def backward(chunk):
-        leaves = [feature.detach().requires_grad_() for feature in features]
-        image_features, text_features = (everyones.clone() for everyones in gathered)
+        leaves = [rows.detach().requires_grad_() for rows in features]
+        image_features, text_features = (rows.clone() for rows in gathered)  # the others' are constants
         image_features[mine], text_features[mine] = leaves[0], leaves[1][which]
         loss = clip_loss(image_features, text_features, model.logit_scale, caption_ids)
-        *gradients, model_gradient = torch.autograd.grad(
-            run.scaler.scale(loss), [*leaves, model.logit_scale])
-        if any(chunk < count for count, _ in towers):
-            features[:] = leaves  # forget the graph, if there is one
+        gradients = torch.autograd.grad(run.scaler.scale(loss), [*leaves, model.logit_scale])
+        graphs, features[:] = list(features), leaves  # doing this again starts without the graphs
         run.optimizer.zero_grad()
-        model.logit_scale.grad = model_gradient
-        for (count, tower), feature, gradient in zip(towers, features, gradients):
+        model.logit_scale.grad = gradients[2]
+        for (count, tower), graph, gradient in zip(towers, graphs, gradients):
             for rows in chunks(count, chunk):
-                part = tower(rows) if feature.is_leaf else feature
-                part.backward(gradient[rows])
+                (graph if graph.grad_fn else tower(rows)).backward(gradient[rows])
         return loss.detach()
-
-    loss, run.chunk = halving(backward, run.chunk)
+    loss = halving(backward, run)
     sum_gradients(model)
     run.scaler.unscale_(run.optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.MAX_GRAD_NORM)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), run.settings.MAX_GRAD_NORM)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     with torch.no_grad():
         model.logit_scale.clamp_(max=math.log(100))  # as the CLIP paper does, for stability
     return loss
 
-
 def sum_gradients(model):
-    """Add up every parameter's gradients over the processes; logit_scale's is whole on each."""
-    if world_size() > 1:
-        for name, parameter in model.named_parameters():
-            if name != "logit_scale":
-                if parameter.grad is None:  # this process had no row
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
-
+    """Add up the parameters' gradients over the processes; logit_scale's is whole on each."""
+    for name, parameter in model.named_parameters() if world_size() > 1 else ():
+        if name != "logit_scale":
+            if parameter.grad is None:  # this process had no row
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
 
 # ---- Evaluation --------------------------------------------------------------------------------
-RANKS = (1, 5, 10)
-
-
 def class_metrics(confusion):
     """Counts [true class, predicted class] → (accuracy, precision, recall, F1 of each class).
 
     A class that is never predicted has precision 0; one without rows has recall 0.
     """
-    confusion = confusion.double()
-    right, predicted, rows = confusion.diag(), confusion.sum(0), confusion.sum(1)
+    right, predicted, rows = (n.double() for n in (confusion.diag(), confusion.sum(0), confusion.sum(1)))
     precision, recall = right / predicted.clamp(min=1), right / rows.clamp(min=1)
     return right.sum() / rows.sum(), precision, recall, 2 * right / (predicted + rows).clamp(min=1)
 
-
-def retrieval_recall(image_features, text_features, caption_ids, ranks):
-    """Shares of queries with a right answer among the first k: ([image → text], [text → image]).
+def retrieval_recall(image_features, text_features, caption_ids, ranks=(1, 5, 10)):
+    """{"image_to_text_r1": the share of pictures whose caption is the first found, …}.
 
     image_features [N, D]; text_features [C, D] of the distinct captions; caption_ids [N]. Every
     picture of a caption is a right answer to it.
     """
-    own, every = caption_ids[:, None], torch.arange(len(text_features), device=caption_ids.device)
-    right_texts = [part @ text_features.T for part in image_features.split(1024)]
-    right_images = [part @ image_features.T for part in text_features.split(1024)]
-    def best(parts, count):
-        return torch.cat([part.topk(min(max(ranks), count), 1).indices for part in parts])
-    right_texts = best(right_texts, len(text_features)) == own
-    right_images = caption_ids[best(right_images, len(image_features))] == every[:, None]
-    return [[right[:, :k].any(1).double().mean().item() for k in ranks]
-            for right in (right_texts, right_images)]
-
+    def nearest(queries, answers):
+        count = min(max(ranks), len(answers))
+        return torch.cat([(part @ answers.T).topk(count).indices for part in queries.split(1024)])
+    captions = torch.arange(len(text_features), device=caption_ids.device)
+    right = {"image_to_text": nearest(image_features, text_features) == caption_ids[:, None],
+             "text_to_image": caption_ids[nearest(text_features, image_features)] == captions[:, None]}
+    return {f"{way}_r{k}": right[way][:, :k].any(1).double().mean().item() for way in right for k in ranks}
 
 @torch.no_grad()
-def encode_split(run, dataset, prompts):
-    """→ image_features [N, D], text_features [C, D] of the distinct captions, those of the prompts,
-    and the rows [N] whose pictures were read. The processes share the work."""
-    model, device, mine = run.model, run.model.mean.device, slice(rank(), None, world_size())
-    def encode(count, tower):
-        (features,), run.chunk = halving(
-            lambda chunk: encode_in_chunks(model, [(count, tower)], chunk), run.chunk)
-        return features
-    def encode_texts(tokens):
-        own = tokens[mine]
-        features = encode(len(own), lambda part: encode_captions(model, own[part], run.precision))
-        return gather_rows(features, len(tokens))
-    parts = [(rows, encode(len(rows), lambda part: encode_images(
-                 model, to_device(pixels[part], device).float().div(255), run.precision)))
-             for pixels, _, rows in load_batches(run, dataset, torch.arange(len(dataset))[mine].split(256))]
-    rows, image_features = map(torch.cat, zip(*parts))
-    return (gather_rows(image_features, len(dataset)), encode_texts(dataset.tokens[:len(dataset.captions)]),
-            encode_texts(prompts), gather_rows(rows[:, None], len(dataset))[:, 0])
+def encode_split(run, dataset, texts):
+    """→ (image_features [N, D], text_features [T, D], the rows [N] whose pictures were read).
 
+    texts: tokens [T, 77]. The processes share the work.
+    """
+    model, device, texts_count, texts = run.model, run.model.mean.device, len(texts), texts[my_share()]
+    image_features, rows_read = [], []
+    rows = torch.arange(len(dataset))[my_share()].split(256)
+    for pixels, _, rows in load_batches(run, dataset, rows):
+        def encode_pictures(part):
+            images = pixels[part].to(device, non_blocking=True).float().div(255)
+            return encode_images(model, images, run.precision)
+        image_features += encode_in_chunks(run, [(len(rows), encode_pictures)])
+        rows_read.append(rows)
+    text_features, = encode_in_chunks(
+        run, [(len(texts), lambda part: encode_captions(model, texts[part], run.precision))])
+    rows = gather_rows(torch.cat(rows_read)[:, None], len(dataset))[:, 0]
+    image_features = gather_rows(torch.cat(image_features), len(dataset))
+    return image_features, gather_rows(text_features, texts_count), rows
 
 def evaluate(run, dataset):
     """Zero-shot classification and retrieval on a split → (metrics, confusion [K, K])."""
-    start, settings, device = time.perf_counter(), run.settings, run.model.mean.device
-    names = [class_name(label, settings.CLASS_NAMES) for label in run.class_labels]
-    prompts, _ = tokenize([prompt.format(name) for name in names for prompt in settings.PROMPTS])
-    image_features, text_features, prompt_features, rows = encode_split(run, dataset, prompts)
-    class_features = prompt_features.view(len(names), len(settings.PROMPTS), -1).mean(1)
-    predicted = (image_features @ F.normalize(class_features, dim=-1).T).argmax(1).cpu()
-    labels = torch.tensor([run.class_labels.index(record.class_label) for record in dataset.records])
-    confusion = torch.bincount(labels[rows] * len(names) + predicted, minlength=len(names) ** 2)
-    confusion = confusion.view(len(names), len(names))
-    caption_ids = dataset.caption_ids[rows].to(device)
-    batches = epoch_batches(dataset, settings, epoch=0)[1]
-    losses = [clip_loss(image_features[batch], text_features[caption_ids[batch]],
-                        run.model.logit_scale, caption_ids[batch]).item() for batch in batches]
+    start, settings, labels = time.perf_counter(), run.settings, run.class_labels
+    prompts, _ = tokenize([prompt for label in labels for prompt in class_prompts(label, settings)])
+    captions = dataset.tokens[: len(dataset.captions)]
+    image_features, texts, rows = encode_split(run, dataset, torch.cat([captions, prompts]))
+    text_features, class_features = texts.split([len(captions), len(prompts)])
+    class_features = F.normalize(class_features.view(len(labels), len(settings.PROMPTS), -1).mean(1), dim=-1)
+    predicted = (image_features @ class_features.T).argmax(1).cpu()
+    truth = torch.tensor([labels.index(record.class_label) for record in dataset.records])[rows]
+    confusion = torch.bincount(truth * len(labels) + predicted, minlength=len(labels) ** 2).view(len(labels), -1)
+    caption_ids, loss = dataset.caption_ids[rows].to(image_features.device), 0.0
+    for batch in epoch_batches(dataset, settings, epoch=0)[1]:  # shuffled: the file is sorted by class
+        ids = caption_ids[batch]
+        batch_loss = clip_loss(image_features[batch], text_features[ids], run.model.logit_scale, ids)
+        loss += batch_loss.item() * len(batch) / len(rows)
     accuracy, _, _, f1 = class_metrics(confusion)
-    recalls = retrieval_recall(image_features, text_features, caption_ids, RANKS)
-    metrics = {"loss": sum(loss * len(batch) for loss, batch in zip(losses, batches)) / len(rows),
-               "accuracy": accuracy.item(), "macro_f1": f1[confusion.sum(1) > 0].mean().item()}
-    for direction, recall in zip(("image_to_text", "text_to_image"), recalls):
-        metrics |= {f"{direction}_r{k}": value for k, value in zip(RANKS, recall)}
+    metrics = {"loss": loss, "accuracy": accuracy.item(), "macro_f1": f1[confusion.sum(1) > 0].mean().item()}
+    metrics |= retrieval_recall(image_features, text_features, caption_ids)
     seconds = time.perf_counter() - start
     return metrics | {"seconds": seconds, "pairs_per_second": len(rows) / seconds}, confusion
 
-
 def score(metrics):
-    """What best.pt is the best in: the mean of what users do, classify and search both ways."""
+    """What best.pt is best in: the mean of what people do with it, classify and search both ways."""
     return (metrics["accuracy"] + metrics["image_to_text_r5"] + metrics["text_to_image_r5"]) / 3
 
-
 # ---- Checkpoints -------------------------------------------------------------------------------
-@dataclass
-class Run:
-    """A training run: what it needs, and (from `epoch` on) what last.pt keeps to go on exactly."""
+def new_progress():
+    """What a run keeps in last.pt beside its weights. The random draws follow from the numbers."""
+    return {"epoch": 0,  # 0 is the evaluation before training
+            "step": 0,  # steps done in the epoch
+            "losses": [],  # of those steps: tensors, left on the device
+            "history": [],  # the lines of metrics.jsonl
+            "best_epoch": None, "best_score": -1.0,
+            "confusions": {},  # on val, "before" training and of the "best" epoch
+            "finished": False}
 
-    settings: SimpleNamespace
-    model: torch.nn.Module
-    precision: torch.dtype
-    num_workers: int
-    chunk: int  # pairs encoded at a time
-    class_labels: list
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    epoch: int = 0  # 0 is the evaluation before training
-    step: int = 0  # steps done in the epoch
-    losses: list = field(default_factory=list)  # of those steps, left on the device
-    history: list = field(default_factory=list)  # the lines of metrics.jsonl
-    best_epoch: int = -1
-    best_score: float = -1.0
-    confusions: dict = field(default_factory=dict)  # on val, "before" training and of the "best"
-    finished: bool = False
-
-    def path(self, name):
-        return os.path.join(self.settings.OUTPUT_PATH, name)
-
-
-PROGRESS = ("epoch", "step", "losses", "history", "best_epoch", "best_score", "confusions",
-            "finished")
-MODULES = ("model", "optimizer", "scaler")
-FREE_TO_CHANGE = ("IMAGE_PATH", "JSON_PATH", "OUTPUT_PATH", "CACHE_PATH", "CHUNK_SIZE",
-                  "MAX_WORKERS", "SAMPLE_RUN")
-
-
-def save_weights(path, model):
-    """The state_dict as plain float32 tensors, which clip.load reads."""
-    with replacing(path) as temporary:
-        torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, temporary)
-
+def shaping(settings):
+    """The constants that make the training what it is: all but paths, and what fits the machine."""
+    free = {"IMAGE_PATH", "JSON_PATH", "OUTPUT_PATH", "CACHE_PATH", "CHUNK_SIZE", "MAX_WORKERS", "SAMPLE_RUN"}
+    return {name: value for name, value in vars(settings).items() if name not in free}
 
 def save_run(run):
-    """Write last.pt. The random states need no keeping: each follows from SEED, epoch and step."""
+    """Write last.pt, from which the run goes on exactly. Not where the loss was not finite."""
     require_finite(run)
     if rank() == 0:
-        state = {name: getattr(run, name) for name in PROGRESS}
-        state |= {name: getattr(run, name).state_dict() for name in MODULES}
-        with replacing(run.path("last.pt")) as temporary:
-            torch.save(state | {"settings": fixed_settings(run.settings)}, temporary)
-
-
-def require_finite(run):
-    """Stops where one of the last losses is not finite; waits for the device."""
-    first = max(0, len(run.losses) - 20)
-    for step, loss in enumerate(map(float, run.losses[first:]), first):
-        if not math.isfinite(loss):
-            raise Stop(f"the loss is {loss} in step {step + 1} of epoch {run.epoch}: try a lower LR. "
-                       f"{run.settings.OUTPUT_PATH} holds the last good weights")
-
-
-def fixed_settings(settings):
-    """The constants that make the training what it is."""
-    return {name: value for name, value in vars(settings).items() if name not in FREE_TO_CHANGE}
-
+        state = {name: getattr(run, name) for name in new_progress()}
+        state |= {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "scaler")}
+        with replacing(run.last) as temporary:
+            torch.save(state | {"settings": shaping(run.settings)}, temporary)
 
 def resume_run(run):
-    """Go on from last.pt, if there is one."""
-    path = run.path("last.pt")
-    if not os.path.exists(path):
+    """Go on from last.pt, if there is one of the same training."""
+    if not os.path.exists(run.last):
         return
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        old, new = state["settings"], fixed_settings(run.settings)
+        state = torch.load(run.last, map_location="cpu", weights_only=True)
+        old, new = state.pop("settings"), shaping(run.settings)
         changed = [name for name in new | old if old.get(name) != new.get(name)]
-        if not changed:
-            for name in PROGRESS:
+        for name in () if changed else state:
+            if name in new_progress():
                 setattr(run, name, state[name])
-            for name in MODULES:
+            else:
                 getattr(run, name).load_state_dict(state[name])
     except Exception as error:
-        raise Stop(f"{path} is not a checkpoint that this run can go on from ({error}). Move it away "
-                   "to start anew, or set another OUTPUT_PATH") from None
+        raise Stop(f"{run.last} is no checkpoint of this script ({' '.join(str(error).split())[:200]}). "
+                   "Move it away to start anew, or set another OUTPUT_PATH") from None
     if changed:
         changes = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
-        raise Stop(f"{path} is from a run with other constants: {changes}. Set them back to go on "
+        raise Stop(f"{run.last} is from a run with other constants: {changes}. Set them back to go on "
                    "with it, or set another OUTPUT_PATH to start anew")
-    say(f"Going on from {path}: epoch {run.epoch}, of which {run.step} steps are done")
+    say(f"Going on from {run.last}: epoch {run.epoch}, of which {run.step} steps are done.")
 
+def require_finite(run):
+    """Stops where one of the last losses is not finite. Waits for the device."""
+    first = max(0, len(run.losses) - 20)
+    for step, loss in enumerate(map(float, run.losses[first:]), first + 1):
+        if not math.isfinite(loss):
+            raise Stop(f"the loss is {loss} in step {step} of epoch {run.epoch}: try a lower LR. "
+                       f"{run.settings.OUTPUT_PATH} holds the last good weights")
 
 class Interrupted(Exception):
-    """The run was told to end. args: the signal's number."""
-
+    """The run has been told to end. Its argument is the signal's number."""
 
 class Interrupts:
-    """Ctrl-C and SIGTERM are noted until it is safe to end; a second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM: at once where nothing is half done, else noted for check()."""
 
     def __init__(self):
-        self.number, self.safe = None, False
+        self.number, self.at_once = None, True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
 
     def note(self, number, _frame):
-        if self.safe:
+        if self.at_once:
             raise Interrupted(number)
-        if number == self.number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == self.number == signal.SIGINT:  # a second Ctrl-C does not wait
+            os._exit(128 + number)
         self.number = self.number or number
 
-    def told(self):
-        """The signal that one of the processes was sent, in each of them, or None."""
-        return next(filter(None, everyone(self.number)), None)
+    def check(self):
+        """Raises Interrupted in every process once one of them has been told."""
+        for number in filter(None, everyone(self.number)):
+            raise Interrupted(number)
 
-    @contextmanager
-    def at_once(self):
-        """In this block nothing changes that would have to be finished first."""
-        self.safe = True
-        try:
-            if told := self.told():
-                raise Interrupted(told)
-            yield
-        finally:
-            self.safe = False
-
+def leave_signals(_worker):
+    """Ctrl-C reaches worker processes too, but it is for the main process to end them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 # ---- Training ----------------------------------------------------------------------------------
 def epoch_batches(dataset, settings, epoch):
@@ -975,30 +818,29 @@ def epoch_batches(dataset, settings, epoch):
     batches = torch.randperm(len(dataset), generator=generator).split(settings.BATCH_SIZE)
     return dataset.with_prompts(settings.CLASS_PROMPT_SHARE, generator), batches
 
-
 def load_batches(run, dataset, batches):
-    """A DataLoader of the given rows; from the cache it needs no worker processes."""
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collate,
+    """A DataLoader of these batches of rows; from the cache it needs no worker processes."""
+    return DataLoader(dataset, batch_sampler=batches, pin_memory=run.model.mean.is_cuda,
                       num_workers=run.num_workers if dataset.pixels is None else 0,
-                      pin_memory=run.model.mean.is_cuda, worker_init_fn=leave_signals)
+                      worker_init_fn=leave_signals)
 
-
-def train_epoch(run, dataset, bar, interrupts):
+def train_epoch(run, dataset, bar):
     """Train from step run.step to the epoch's end, saving every 10 minutes."""
     settings, saved = run.settings, time.monotonic()
     dataset, batches = epoch_batches(dataset, settings, run.epoch)
-    total_steps = settings.NUM_EPOCHS * len(batches)
+    total_steps, steps_before = settings.NUM_EPOCHS * len(batches), (run.epoch - 1) * len(batches)
     warmup_steps = max(1, round(settings.WARMUP * total_steps))
-    shares = [rows[rank() :: world_size()] for rows in batches[run.step :]]
-    for rows, (pixels, tokens, _) in zip(batches[run.step :], load_batches(run, dataset, shares)):
-        total_step = (run.epoch - 1) * len(batches) + run.step
+    batches = batches[run.step :]
+    shares = [rows[my_share()] if len(rows) > rank() else rows[:1] for rows in batches]
+    for rows, (pixels, tokens, _) in zip(batches, load_batches(run, dataset, shares)):
+        total_step = steps_before + run.step
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(total_step, total_steps, warmup_steps, settings.LR)
-        run.losses.append(train_step(run, pixels, tokens, len(rows), total_step))
+        own = len(rows[my_share()])  # 0 where a last batch has fewer rows than there are processes
+        run.losses.append(train_step(run, pixels[:own], tokens[:own], len(rows), total_step))
         run.step += 1
         bar.update()
-        if told := interrupts.told():
-            raise Interrupted(told)
+        run.interrupts.check()
         if run.step % 20 == 0:
             require_finite(run)
             bar.set_postfix(loss=f"{run.losses[-1]:.3f}")
@@ -1007,46 +849,43 @@ def train_epoch(run, dataset, bar, interrupts):
             saved = time.monotonic()
     require_finite(run)
 
-
-def train(run, splits, bar, interrupts):
+def train(run, splits, bar):
     """Evaluate, then train and evaluate epoch by epoch, keeping the best weights and the last."""
+    say("", "epoch  split     loss  accuracy  macro-F1   image→text R@1, 5, 10   text→image R@1, 5, 10"
+        "   pairs/s")
     while run.epoch <= run.settings.NUM_EPOCHS:
         start, steps_before = time.perf_counter(), run.step
         if run.epoch > 0:
-            train_epoch(run, splits["train"], bar, interrupts)
-        trained = time.perf_counter() - start
+            train_epoch(run, splits["train"], bar)
+        trained, metrics, confusion = time.perf_counter() - start, None, None
         if "val" in splits:
-            with interrupts.at_once():
-                metrics, confusion = evaluate(run, splits["val"])
+            run.interrupts.at_once = True
+            metrics, confusion = evaluate(run, splits["val"])
+            run.interrupts.at_once = False
             if run.epoch > 0:
                 pairs = (run.step - steps_before) * run.settings.BATCH_SIZE
                 metrics |= {"seconds": time.perf_counter() - start, "pairs_per_second": pairs / trained,
-                            "train_loss": torch.stack(run.losses).mean().item()}
+                            "train_loss": sum(map(float, run.losses)) / len(run.losses)}
             log(run, "val", run.epoch, metrics)
             run.confusions.setdefault("before", confusion)
-        if "val" not in splits or score(metrics) > run.best_score:
-            run.best_epoch = run.epoch
-            if "val" in splits:
-                run.best_score, run.confusions["best"] = score(metrics), confusion
-            if rank() == 0:
-                save_weights(run.path("best.pt"), run.model)
+        if metrics is None or score(metrics) > run.best_score:
+            run.best_epoch, run.best_score = run.epoch, score(metrics) if metrics else -1.0
+            run.confusions["best"] = confusion
+            if rank() == 0:  # plain float32 tensors, which clip.load reads
+                with replacing(run.best) as temporary:
+                    torch.save({name: w.cpu() for name, w in run.model.state_dict().items()}, temporary)
         run.epoch, run.step, run.losses = run.epoch + 1, 0, []
         save_run(run)
-
 
 def log(run, split, epoch, metrics):
     """Add a line to metrics.jsonl and to the console."""
     run.history.append({"epoch": epoch, "split": split} | metrics)
     if rank() == 0:
-        write_lines(run.path("metrics.jsonl"), run.history)
-    if len(run.history) == 1:
-        say("epoch  split     loss  accuracy  macro-F1  image→text R@1    R@5   R@10"
-            "  text→image R@1    R@5   R@10  pairs/s")
-    ways = [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in RANKS]
-    recalls = "{:16.3f} {:6.3f} {:6.3f} {:15.3f} {:6.3f} {:6.3f}".format(*map(metrics.get, ways))
+        write_lines(os.path.join(run.settings.OUTPUT_PATH, "metrics.jsonl"), run.history)
     say(f"{epoch:5}  {split:5} {metrics['loss']:8.3f} {metrics['accuracy']:9.3f} "
-        f"{metrics['macro_f1']:9.3f}{recalls} {metrics['pairs_per_second']:8.1f}")
-
+        f"{metrics['macro_f1']:9.3f}   " + "  ".join(
+            " ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10)).rjust(22)
+            for way in ("image_to_text", "text_to_image")) + f" {metrics['pairs_per_second']:9.1f}")
 
 def class_table(run):
     """Precision, recall and F1 of each class on val, before training → with the best weights."""
@@ -1058,88 +897,79 @@ def class_table(run):
         lines.append(f"{label:{width}}  " + "  ".join(cells))
     return lines
 
-
-def finish(run, splits, interrupts):
+def finish(run, splits):
     """Evaluate the best weights on test; say how each class fares, and how to use the weights."""
-    best = run.path("best.pt")
+    run.model.load_state_dict(torch.load(run.best, map_location="cpu", weights_only=True))
     if "test" in splits:
-        run.model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
-        with interrupts.at_once():
-            metrics, _ = evaluate(run, splits["test"])
+        run.interrupts.at_once = True
+        metrics, _ = evaluate(run, splits["test"])
+        run.interrupts.at_once = False
         log(run, "test", run.best_epoch, metrics)
     if "val" in splits:
         say("", *class_table(run))
     run.finished = True
     save_run(run)
-    say("", f"The best weights, of epoch {run.best_epoch}, are in {best}. To use them anywhere:",
-        f'    model, preprocess = clip.load("{best}")')
+    say("", f"The best weights, of epoch {run.best_epoch}, are in {run.best}. To use them anywhere:",
+        f'    model, preprocess = clip.load("{run.best}")')
 
+# ---- The whole run -----------------------------------------------------------------------------
+def prepare(settings, device, interrupts):
+    """Load the model, read the data → (the run as it starts or goes on, {split: FashionDataset})."""
+    torch.manual_seed(settings.SEED)
+    for turn in (0, 1):  # one process of a machine downloads the weights, the others find them
+        if turn == min(local_rank(), 1):
+            model = load_clip(settings.MODEL, device)
+        everyone("loaded")
+    num_workers = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), settings.MAX_WORKERS)
+    splits, precision = load_splits(settings, model.visual.input_resolution, num_workers), choose_precision(device)
+    run = SimpleNamespace(
+        settings=settings, interrupts=interrupts, model=model, precision=precision, num_workers=num_workers,
+        class_labels=sorted({r.class_label for data in splits.values() for r in data.records}),
+        chunk=settings.CHUNK_SIZE or settings.BATCH_SIZE,  # pairs encoded at a time
+        optimizer=make_optimizer(model, settings.WEIGHT_DECAY),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        best=os.path.join(settings.OUTPUT_PATH, "best.pt"),
+        last=os.path.join(settings.OUTPUT_PATH, "last.pt"), **new_progress())
+    say(f"{settings.MODEL} in {str(precision)[6:]} on {world_size()} × {device.type}, {len(run.class_labels)} "
+        f"classes, {settings.NUM_EPOCHS} epochs of {settings.BATCH_SIZE} pairs a step; output in {settings.OUTPUT_PATH}")
+    resume_run(run)
+    return run, splits
 
-@contextmanager
-def only_run_in(folder):
-    """Refuse a second run that would write to the same folder."""
-    os.makedirs(folder, exist_ok=True)
-    lock = FileLock(os.path.join(folder, ".lock"))
+def main():
+    settings, device, interrupts = read_settings(), join_processes(), Interrupts()
+    os.makedirs(settings.OUTPUT_PATH, exist_ok=True)
+    lock = FileLock(os.path.join(settings.OUTPUT_PATH, ".lock"))
     try:
         if rank() == 0:
             lock.acquire(timeout=0)
     except Timeout:
-        raise Stop(f"OUTPUT_PATH: another run is writing to {folder}. Wait for it, or set another")
-    yield
-    lock.release()
-
-
-def prepare(settings, device):
-    """Read the data, load the model → (Run as it starts or goes on, {split: FashionDataset})."""
-    torch.manual_seed(settings.SEED)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    num_workers = min(-(-os.cpu_count() // processes), settings.MAX_WORKERS)
-    for turn in (True, False):  # one process a machine downloads the weights
-        if turn == (local_rank() == 0):
-            model = load_clip(settings.MODEL, device)
-        everyone("done")
-    splits = load_splits(settings, model.visual.input_resolution, num_workers)
-    class_labels = sorted({r.class_label for data in splits.values() for r in data.records})
-    precision = choose_precision(device)
-    say(f"{settings.MODEL} on {device} in {str(precision).removeprefix('torch.')}, {world_size()} "
-        f"processes; {len(class_labels)} classes; output in {settings.OUTPUT_PATH}")
-    run = Run(settings, model, precision, num_workers, settings.CHUNK_SIZE or settings.BATCH_SIZE,
-              class_labels, make_optimizer(model, settings.WEIGHT_DECAY),
-              torch.amp.GradScaler(device.type, enabled=precision == torch.float16))
-    resume_run(run)
-    return run, splits
-
-
-def main():
-    settings, device, interrupts = read_settings(), join_processes(), Interrupts()
-    with only_run_in(settings.OUTPUT_PATH):
-        try:
-            with interrupts.at_once():
-                run, splits = prepare(settings, device)
-        except Interrupted as interrupted:
-            sys.exit(128 + interrupted.args[0])
-        if run.finished:
-            say(f"This run is finished: {run.path('best.pt')} has its weights. For another one, set "
-                "another OUTPUT_PATH")
-            return
-        steps = -(-len(splits["train"]) // settings.BATCH_SIZE)
-        done = max(0, run.epoch - 1) * steps + run.step
-        try:
-            with tqdm(total=steps * settings.NUM_EPOCHS, initial=done, desc="training", unit=" steps",
-                      disable=None if rank() == 0 else True, leave=False) as bar:
-                train(run, splits, bar, interrupts)
-            finish(run, splits, interrupts)
-        except Interrupted as interrupted:
-            save_run(run)
-            say(f"Interrupted and saved in {run.path('last.pt')}: the same command goes on from there")
-            sys.exit(128 + interrupted.args[0])
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            save_run(run)
-            raise Stop(f"a process that decodes pictures died ({error}). What is done is saved in "
-                       f"{run.path('last.pt')}: the same command goes on from there") from None
-
+        raise Stop(f"OUTPUT_PATH: another run writes to {settings.OUTPUT_PATH}; set another") from None
+    run, splits = prepare(settings, device, interrupts)
+    if run.finished:
+        say(f"This run is finished, its weights are in {run.best}. For another, set another OUTPUT_PATH.")
+        return
+    steps = -(-len(splits["train"]) // settings.BATCH_SIZE)
+    done = max(0, run.epoch - 1) * steps + run.step
+    interrupts.at_once = False
+    try:
+        with tqdm(total=steps * settings.NUM_EPOCHS, initial=done, desc="training", unit=" steps",
+                  disable=None if rank() == 0 else True, leave=False) as bar:
+            train(run, splits, bar)
+        finish(run, splits)
+    except Interrupted:
+        interrupts.at_once = False
+        save_run(run)
+        say(f"Interrupted, and saved in {run.last}: the same command goes on from there.")
+        raise
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        save_run(run)
+        raise Stop(f"a process that decodes pictures was killed ({error}). What was done is saved in "
+                   f"{run.last}: the same command goes on from there") from None
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Interrupted as interrupted:
+        sys.exit(128 + interrupted.args[0])
