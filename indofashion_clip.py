@@ -304,9 +304,10 @@ def cache_pictures(paths, resolution, pixel_path, num_workers):
         return None, decode_pictures(paths, "", shape, num_workers)
     made_from, bad = hashlib.sha256(str(shape).encode()), None
     for path in paths:
+        made_from.update(repr(path).encode("utf-8", "replace"))
         with suppress(OSError, ValueError):
             status = os.stat(path)
-            made_from.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+            made_from.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     with suppress(OSError, ValueError), open(pixel_path, "rb") as file:
         file.seek(math.prod(shape))
         key, reasons = json.load(file)
@@ -389,7 +390,7 @@ def load_split(split, json_path, settings, resolution, num_workers):
     total = len(records) + len(skipped)
     paths = [os.path.join(settings.IMAGE_PATH, record.image_path) for record in records]
     file = settings.CACHE_PATH and os.path.join(settings.CACHE_PATH, f"{split}-{resolution}.u8")
-    pixels, bad = cache_pictures(paths, resolution, file, num_workers)
+    pixels, bad = cache_pictures(paths, resolution, file, num_workers) if paths else (None, {})
     skipped = sorted(skipped + [(records[row].line, reason) for row, reason in bad.items()])
     rows = [row for row in range(len(records)) if row not in bad]
     if len(skipped) > len(rows) or not rows:
@@ -425,7 +426,7 @@ def load_splits(settings, resolution, num_workers):
 def read_weights(path):
     """The state_dict in a TorchScript archive, as OpenAI's are, or in a file of one."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # torch.jit.load is deprecated, yet OpenAI's files need it
         try:
             return torch.jit.load(path, map_location="cpu").state_dict()
         except RuntimeError:

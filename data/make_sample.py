@@ -41,10 +41,10 @@ class Canvas:
         self.height = rng.randint(210, 300) * SUPERSAMPLE
         self.width = int(self.height * rng.uniform(0.7, 0.8))
         self.image = Image.new("RGB", (self.width, self.height), background)
-        self.scale, self.flip = rng.uniform(0.94, 1.04), rng.choice([-1, 1])
-        self.tilt = rng.uniform(-0.04, 0.04)
+        self.scale, self.flip = rng.uniform(0.96, 1.03), rng.choice([-1, 1])
+        self.tilt = rng.uniform(-0.03, 0.03)
         self.dx, self.dy = rng.uniform(-0.015, 0.015), rng.uniform(-0.015, 0.015)
-        self.stretch = rng.uniform(0.94, 1.06)
+        self.stretch = rng.uniform(0.96, 1.04)
 
     def place(self, points):
         """(x, y) with x in -0.35..0.35 and y in 0..1 → pixels."""
@@ -282,22 +282,22 @@ def draw_sherwanis(c, rng, cloth, dark, accent, skin):
     c.fill(mirrored([(0.055, -0.01), (0.06, 0.035)]), dark)  # the turban
     c.dot(0, 0.0, 0.042, dark)
     sleeves(c, cloth, skin, 0.95, 0.036)
-    cloth(mirrored([(0.04, 0.145), (0.12, 0.185), (0.1, 0.42), (0.16, 0.85)]))
+    cloth(mirrored([(0.04, 0.145), (0.12, 0.185), (0.105, 0.42), (0.15, 0.88)]))
     c.line([(-0.04, 0.16), (0.04, 0.16)], accent, 0.03)
-    c.line([(0, 0.17), (0, 0.85)], accent, 0.03)
+    c.line([(0, 0.17), (0, 0.88)], accent, 0.035)
     for y in (0.2, 0.27, 0.34, 0.41, 0.48, 0.55):
         c.dot(0, y, 0.011, dark)
-    hem(c, 0.855, 0.161, accent, 0.04)
+    hem(c, 0.885, 0.152, accent, 0.05)
 
 
 def draw_women_kurta(c, rng, cloth, dark, accent, skin):
     legs(c, shade(accent, 0.8), 0.7, width=0.026)
     person(c, skin, True)
     sleeves(c, cloth, skin, 0.62, 0.03)
-    cloth(mirrored([(0.08, 0.175), (0.085, 0.3), (0.08, 0.38), (0.19, 0.76)]))
+    cloth(mirrored([(0.08, 0.175), (0.085, 0.3), (0.075, 0.38), (0.23, 0.72)]))
     c.fill(mirrored([(0.04, 0.165), (0.025, 0.22), (0.0, 0.25)]), skin)
     c.line([(0.04, 0.17), (0.025, 0.22), (0, 0.25), (-0.025, 0.22), (-0.04, 0.17)], accent, 0.012)
-    hem(c, 0.765, 0.191, accent, 0.035)
+    hem(c, 0.725, 0.231, accent, 0.035)
 
 
 def draw(label, rng):
