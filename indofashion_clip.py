@@ -89,6 +89,7 @@ SAMPLE_RUN = {
     "NUM_EPOCHS": 60,
     "LR": 1e-3,
     "CLASS_PROMPT_SHARE": 0.5,
+    "MIN_CROP": 0.95,
 }
 
 class Stop(SystemExit):
@@ -355,8 +356,8 @@ class FashionDataset(Dataset):
         self.caption_ids = torch.tensor([ids[record.caption] for record in records])
         self.prompt_ids = torch.tensor([[ids[p] for p in prompts[r.class_label]] for r in records])
         self.titled = torch.tensor([record.titled for record in records])
-        pool = DataLoader(texts, 1024, collate_fn=tokenize, num_workers=num_workers)
-        tokens, truncated = zip(*pool)
+        workers = num_workers if len(texts) > 10_000 else 0  # fewer are done before a worker starts
+        tokens, truncated = zip(*DataLoader(texts, 1024, collate_fn=tokenize, num_workers=workers))
         self.tokens, self.truncated = torch.cat(tokens), sum(truncated)
 
     def __len__(self):

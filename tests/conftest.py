@@ -1,9 +1,13 @@
 """What the tests share: small datasets in IndoFashion's layout, and the script run as a user would."""
 
+import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,17 +80,37 @@ def environment(**more):
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
 
 
-def run_script(folder, *, processes=None, code=0, **constants):
-    """Run the edited script in `folder`; returns its output. By torchrun where processes are given."""
+def run_script(folder, *, processes=None, code=0, inside=True, **constants):
+    """Run the edited script in `folder` → its output. `inside` this process, which saves importing
+    torch again, or in its own; by torchrun where `processes` are given."""
     folder.mkdir(exist_ok=True)
     script = edited_script(folder, **constants)
-    launch = [sys.executable]
-    if processes:
-        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
-    done = subprocess.run([*launch, str(script)], cwd=folder, capture_output=True, text=True,
-                          env=environment(), timeout=300)
-    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    if inside and not processes:
+        output, exit_code = run_inside(script)
+    else:
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+        done = subprocess.run([sys.executable, *(torchrun if processes else ()), str(script)], cwd=folder,
+                              capture_output=True, text=True, env=environment(), timeout=300)
+        output, exit_code = done.stdout + done.stderr, done.returncode
+    assert exit_code == code, f"exit {exit_code}\n{output}"
+    return output
+
+
+def run_inside(script):
+    output, exit_code, before = io.StringIO(), 0, os.getcwd()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        os.chdir(script.parent)
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as stop:  # as the interpreter does: a message is printed, and the code is 1
+        exit_code = stop.code if isinstance(stop.code, int) else 1
+        output.write(f"{stop.code}\n")
+    finally:
+        os.chdir(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return output.getvalue(), exit_code
 
 
 def read_metrics(folder, times=True):

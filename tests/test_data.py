@@ -2,12 +2,14 @@
 
 import json
 import random
-import time
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import clip
 import pytest
 import torch
-from conftest import make_dataset, quick, read_skipped, run_script, write_rows
+from conftest import edited_script, environment, make_dataset, quick, read_skipped, run_script, tiny_model, write_rows
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from PIL import Image, ImageOps
 
@@ -70,7 +72,6 @@ almost_rows = st.dictionaries(field_names, json_values | st.text(), max_size=4)
 @given(st.binary() | st.lists(almost_rows | json_values).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
        | st.lists(almost_rows).map(lambda rows: json.dumps(rows).encode()))
 def test_any_bytes_give_records_or_reasons(tmp_path_factory, content):
-    from types import SimpleNamespace
     settings = SimpleNamespace(PROMPTS=ic.PROMPTS, CLASS_NAMES=ic.CLASS_NAMES)
     path = tmp_path_factory.mktemp("fuzz") / "rows.json"
     path.write_bytes(content)
@@ -120,18 +121,9 @@ def photo(size=(320, 420), seed=0):
 def test_pixels_normalised_are_clips_preprocessing_bit_for_bit(tmp_path, size, mode):
     photo(size).convert(mode).save(tmp_path / "a.png")
     pixels = ic.load_image(tmp_path / "a.png", 224)
-    model = torch.nn.Module()
-    mean, std = torch.tensor(ic_mean()).view(3, 1, 1), torch.tensor(ic_std()).view(3, 1, 1)
+    model = tiny_model()
     expected = clip.clip._transform(224)(Image.open(tmp_path / "a.png"))
-    assert torch.equal((pixels.float().div(255) - mean) / std, expected)
-
-
-def ic_mean():
-    return tuple(clip.clip._transform(1).transforms[-1].mean)
-
-
-def ic_std():
-    return tuple(clip.clip._transform(1).transforms[-1].std)
+    assert torch.equal((pixels.float().div(255) - model.mean) / model.std, expected)
 
 
 def close(path, expected, tolerance=3):
@@ -285,16 +277,19 @@ def test_mutated_pictures_are_decoded_or_listed(tmp_path, kind):
 
 
 def test_spawned_workers_decode(tmp_path, dataset):
-    """As on Windows and macOS: a worker imports the script anew, and is sent the dataset."""
-    script = "import torch, runpy; torch.multiprocessing.set_start_method('spawn'); runpy.run_path('indofashion_clip.py', run_name='__main__')"
-    import subprocess, sys
-    from conftest import edited_script, environment
-    edited_script(tmp_path, **quick(dataset, NUM_EPOCHS=1, CACHE_PATH=""))
+    """As on Windows and macOS, where a worker imports the script anew and is sent the dataset."""
+    edited_script(tmp_path, **quick(dataset))
     (tmp_path / "spawn.py").write_text(
-        "import torch, indofashion_clip\nif __name__ == '__main__':\n"
-        "    torch.multiprocessing.set_start_method('spawn')\n    indofashion_clip.main()\n")
-    done = subprocess.run([sys.executable, "spawn.py"], cwd=tmp_path, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
+        "import os, torch, indofashion_clip as ic\n"
+        "if __name__ == '__main__':\n"
+        "    torch.multiprocessing.set_start_method('spawn')\n"
+        "    settings = ic.read_settings()\n"
+        "    os.makedirs(settings.OUTPUT_PATH)\n"
+        "    settings.CACHE_PATH = ''\n"
+        "    data, _ = ic.load_split('train', settings.JSON_PATH.replace('{split}', 'train'), settings, 64, 1)\n"
+        "    pixels, tokens, rows = next(iter(torch.utils.data.DataLoader(data, 24, num_workers=1)))\n"
+        "    assert pixels.shape == (24, 3, 64, 64) and rows.tolist() == list(range(24))\n")
+    subprocess.run([sys.executable, "spawn.py"], cwd=tmp_path, check=True, env=environment())
 
 
 def test_91166_rows_are_read_and_their_pictures_numbered(tmp_path, settings):
