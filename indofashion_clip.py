@@ -407,16 +407,12 @@ def load_split(split, json_path, settings, resolution, num_workers):
 
 def load_splits(settings, resolution, num_workers):
     """{split: FashionDataset} of the splits there are; lists the rows left out in skipped.jsonl."""
-    if not os.path.isdir(settings.IMAGE_PATH):
-        raise Stop(f"IMAGE_PATH: there is no folder {settings.IMAGE_PATH}")
     splits, skipped = {}, []
     for split in ("train", "val", "test"):
         json_path = settings.JSON_PATH.replace("{split}", split)
         if os.path.isfile(json_path) and (split == "train" or json_path != settings.JSON_PATH):
             splits[split], left_out = load_split(split, json_path, settings, resolution, num_workers)
             skipped += left_out
-        elif split == "train":
-            raise Stop(f"JSON_PATH: there is no file {json_path}")
         else:
             say(f"{split:5} no file {json_path}: nothing is evaluated on it")
     if rank() == 0:
@@ -629,12 +625,12 @@ def train_step(run, pixels, tokens, batch_size, total_step):
     features = encode_in_chunks(run, towers)
     gathered = [gather_rows(rows.detach(), batch_size) for rows in (features[0], features[1][which])]
     def backward(chunk):
-        leaves = [rows.detach().requires_grad_() for rows in features]
+        graphs, features[:] = list(features), [rows.detach() for rows in features]  # done once more,
+        leaves = [rows.clone().requires_grad_() for rows in features]  # it starts without graphs
         image_features, text_features = (rows.clone() for rows in gathered)  # the others' are constants
         image_features[mine], text_features[mine] = leaves[0], leaves[1][which]
         loss = clip_loss(image_features, text_features, model.logit_scale, caption_ids)
         gradients = torch.autograd.grad(run.scaler.scale(loss), [*leaves, model.logit_scale])
-        graphs, features[:] = list(features), leaves  # doing this again starts without the graphs
         run.optimizer.zero_grad()
         model.logit_scale.grad = gradients[2]
         for (count, tower), graph, gradient in zip(towers, graphs, gradients):
@@ -917,6 +913,11 @@ def finish(run, splits):
 # ---- The whole run -----------------------------------------------------------------------------
 def prepare(settings, device, interrupts):
     """Load the model, read the data → (the run as it starts or goes on, {split: FashionDataset})."""
+    train_path = settings.JSON_PATH.replace("{split}", "train")
+    if not os.path.isdir(settings.IMAGE_PATH):
+        raise Stop(f"IMAGE_PATH: there is no folder {settings.IMAGE_PATH}; set it to where the pictures are")
+    if not os.path.isfile(train_path):
+        raise Stop(f"JSON_PATH: there is no file {train_path}; set it to where the train rows are")
     torch.manual_seed(settings.SEED)
     for turn in (0, 1):  # one process of a machine downloads the weights, the others find them
         if turn == min(local_rank(), 1):
