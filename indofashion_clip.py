@@ -259,11 +259,18 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise Stop(f"cannot write {path}: {error.strerror}. What it held before is still there") from None
+    except (OSError, RuntimeError) as error:
+        failure = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
+        if not isinstance(failure, OSError):
+            raise
+        raise Stop(f"cannot write {path}: {failure.strerror}. What it held is still there") from None
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
+
+def save(path, state):
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
 
 def write_lines(path, rows):
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -685,20 +692,21 @@ def encode_split(run, dataset, texts):
 
     texts: tokens [T, 77]. The processes share the work.
     """
-    model, device, texts_count, texts = run.model, run.model.mean.device, len(texts), texts[my_share()]
-    image_features, rows_read = [], []
-    rows = torch.arange(len(dataset))[my_share()].split(256)
-    for pixels, _, rows in load_batches(run, dataset, rows):
+    model, device, num_texts, texts = run.model, run.model.mean.device, len(texts), texts[my_share()]
+    every_row, features, rows_read = torch.arange(len(dataset)), [], []
+    share = every_row[my_share()]
+    loader = load_batches(run, dataset, (share if len(share) else every_row[:1]).split(256))
+    for pixels, _, rows in loader:
         def encode_pictures(part):
             images = pixels[part].to(device, non_blocking=True).float().div(255)
             return encode_images(model, images, run.precision)
-        image_features += encode_in_chunks(run, [(len(rows), encode_pictures)])
+        features += encode_in_chunks(run, [(len(rows), encode_pictures)])
         rows_read.append(rows)
+    image_features, rows = (torch.cat(parts)[: len(share)] for parts in (features, rows_read))
     text_features, = encode_in_chunks(
         run, [(len(texts), lambda part: encode_captions(model, texts[part], run.precision))])
-    rows = gather_rows(torch.cat(rows_read)[:, None], len(dataset))[:, 0]
-    image_features = gather_rows(torch.cat(image_features), len(dataset))
-    return image_features, gather_rows(text_features, texts_count), rows
+    return (gather_rows(image_features, len(dataset)), gather_rows(text_features, num_texts),
+            gather_rows(rows[:, None], len(dataset))[:, 0])
 
 def evaluate(run, dataset):
     """Zero-shot classification and retrieval on a split → (metrics, confusion [K, K])."""
@@ -748,8 +756,7 @@ def save_run(run):
     if rank() == 0:
         state = {name: getattr(run, name) for name in new_progress()}
         state |= {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        with replacing(run.last) as temporary:
-            torch.save(state | {"settings": shaping(run.settings)}, temporary)
+        save(run.last, state | {"settings": shaping(run.settings)})
 
 def resume_run(run):
     """Go on from last.pt, if there is one of the same training."""
@@ -870,8 +877,7 @@ def train(run, splits, bar):
             run.best_epoch, run.best_score = run.epoch, score(metrics) if metrics else -1.0
             run.confusions["best"] = confusion
             if rank() == 0:  # plain float32 tensors, which clip.load reads
-                with replacing(run.best) as temporary:
-                    torch.save({name: w.cpu() for name, w in run.model.state_dict().items()}, temporary)
+                save(run.best, {name: w.cpu() for name, w in run.model.state_dict().items()})
         run.epoch, run.step, run.losses = run.epoch + 1, 0, []
         save_run(run)
 
@@ -959,20 +965,20 @@ def main():
                   disable=None if rank() == 0 else True, leave=False) as bar:
             train(run, splits, bar)
         finish(run, splits)
-    except Interrupted:
+    except (Interrupted, RuntimeError) as error:
         interrupts.at_once = False
-        save_run(run)
-        say(f"Interrupted, and saved in {run.last}: the same command goes on from there.")
+        if isinstance(error, Interrupted) or "DataLoader worker" in str(error):
+            save_run(run)
+            say(f"Stopped and saved in {run.last}: the same command goes on from there.")
         raise
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        save_run(run)
-        raise Stop(f"a process that decodes pictures was killed ({error}). What was done is saved in "
-                   f"{run.last}: the same command goes on from there") from None
 
 if __name__ == "__main__":
     try:
         main()
     except Interrupted as interrupted:
         sys.exit(128 + interrupted.args[0])
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"a process that decodes pictures was killed ({error}). If memory was short, lower "
+                 "MAX_WORKERS; then start again")

@@ -88,7 +88,7 @@ def run_script(folder, *, processes=None, code=0, inside=True, **constants):
     if inside and not processes:
         output, exit_code = run_inside(script)
     else:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
         done = subprocess.run([sys.executable, *(torchrun if processes else ()), str(script)], cwd=folder,
                               capture_output=True, text=True, env=environment(), timeout=300)
         output, exit_code = done.stdout + done.stderr, done.returncode
