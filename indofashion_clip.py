@@ -456,10 +456,14 @@ def load_clip(name, device):
         advice = ": is the internet there?" if name in clip.available_models() else ""
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise Stop(f"MODEL: cannot load {name!r}{advice} ({reason})") from None
+    return add_normalisation(model.float()).to(device).eval()
+
+def add_normalisation(model):
+    """The mean and deviation of CLIP's pixels, on the model's device but not in its state_dict."""
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     model.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
     model.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-    return model.float().to(device).eval()
+    return model
 
 def choose_precision(device):
     """The dtype to compute the encoders in; the weights stay float32."""
