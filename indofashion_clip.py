@@ -95,6 +95,9 @@ SAMPLE_RUN = {
 class Stop(SystemExit):
     """The run cannot go on: one line saying what, where and what to do. Exits with 1."""
 
+def one_line(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
 def read_settings():
     """The constants, with SAMPLE_RUN's in place of some where the default dataset is missing."""
     settings = {name: value for name, value in globals().items() if name.isupper() and name != "F"}
@@ -134,6 +137,10 @@ def say(*lines):
     if rank() == 0:
         tqdm.write("\n".join(lines))
 
+def progress_bar(**how):
+    """A bar on the first process's terminal; none in a log file."""
+    return tqdm(**how, leave=False, disable=None if rank() == 0 else True)
+
 def everyone(value):
     """[value of each process]. All of them have to ask, and wait for each other."""
     values = [value] * world_size()
@@ -142,7 +149,7 @@ def everyone(value):
     return values
 
 def gather_rows(rows, count):
-    """The shares of all processes, [share, D] each → the `count` rows [count, D] in their order."""
+    """The shares of all processes, [share, D] each → the `count` rows [count, D] in order."""
     if world_size() == 1:
         return rows
     longest = -(-count // world_size())
@@ -214,7 +221,7 @@ def read_records(json_path, settings):
     return records, skipped
 
 def tokenize(captions):
-    """Captions → (tokens int32 [N, 77], how many captions were longer and had to be truncated)."""
+    """Captions → (tokens int32 [N, 77], how many captions were longer and were truncated)."""
     tokens = clip.tokenize(captions, context_length=78, truncate=True).int()
     too_long = tokens[:, 77] != 0
     tokens[too_long, 76] = tokens[too_long, 77]  # the end token, at which the text is read
@@ -263,7 +270,7 @@ def replacing(path):
         failure = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
         if not isinstance(failure, OSError):
             raise
-        raise Stop(f"cannot write {path}: {failure.strerror}. What it held is still there") from None
+        raise Stop(f"cannot write {path}: {failure.strerror}; what it held is untouched") from None
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
@@ -277,7 +284,7 @@ def write_lines(path, rows):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 def map_pixels(path, shape):
-    """The cache file's pixels, uint8 [N, 3, R, R]: the system reads what is touched, and keeps it."""
+    """The cache file's pixels, uint8 [N, 3, R, R]; the system reads and keeps what is touched."""
     return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
 
 def decode_batch(rows_and_paths, pixel_path, shape):
@@ -292,13 +299,16 @@ def decode_batch(rows_and_paths, pixel_path, shape):
     return bad
 
 def decode_pictures(paths, pixel_path, shape, num_workers):
-    """Decode every picture once, shared out over a machine's processes → {row: reason} of the bad."""
+    """Decode all pictures, shared out over a machine's processes → {row: reason} of the bad."""
     mine = list(enumerate(paths))[local_rank() :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
     decode = functools.partial(decode_batch, pixel_path=pixel_path, shape=shape)
     pool = DataLoader(mine, 32, num_workers=num_workers, collate_fn=decode,
                       worker_init_fn=leave_signals)
-    bar = tqdm(pool, "decoding", unit_scale=32, unit=" pictures", leave=False, disable=None if rank() == 0 else True)
-    bad = {row: reason for part in bar for row, reason in part.items()}
+    with progress_bar(desc="decoding", unit=" pictures", total=len(mine)) as bar:
+        bad = {}
+        for part in pool:
+            bad |= part
+            bar.update(pool.batch_size)
     return {row: reason for part in everyone(bad) for row, reason in part.items()}
 
 def cache_pictures(paths, resolution, pixel_path, num_workers):
@@ -354,8 +364,8 @@ class FashionDataset(Dataset):
     """
 
     def __init__(self, split, records, settings, resolution, pixels, cache_rows, num_workers):
-        self.split, self.records, self.settings, self.resolution = split, records, settings, resolution
-        self.pixels, self.cache_rows = pixels, cache_rows
+        self.split, self.records, self.settings = split, records, settings
+        self.resolution, self.pixels, self.cache_rows = resolution, pixels, cache_rows
         self.captions = list(dict.fromkeys(record.caption for record in records))
         prompts = {r.class_label: class_prompts(r.class_label, settings) for r in records}
         texts = list(dict.fromkeys(self.captions + sum(prompts.values(), [])))
@@ -384,7 +394,7 @@ class FashionDataset(Dataset):
         return pixels, self.tokens[self.caption_ids[row]], row
 
     def with_prompts(self, share, generator):
-        """This dataset with a random class prompt for that share of the titles, and for no title."""
+        """This dataset with class prompts for that share of the titles, and where there is none."""
         epoch = copy.copy(self)
         prompted = (torch.rand(len(self), generator=generator) < share) | ~self.titled
         which = torch.randint(self.prompt_ids.shape[1], (len(self), 1), generator=generator)
@@ -395,7 +405,6 @@ class FashionDataset(Dataset):
 def load_split(split, json_path, settings, resolution, num_workers):
     """→ (FashionDataset, [{split, line, reason}] of the rows left out). Stops where most are."""
     records, skipped = read_records(json_path, settings)
-    total = len(records) + len(skipped)
     paths = [os.path.join(settings.IMAGE_PATH, record.image_path) for record in records]
     file = settings.CACHE_PATH and os.path.join(settings.CACHE_PATH, f"{split}-{resolution}.u8")
     pixels, bad = cache_pictures(paths, resolution, file, num_workers) if paths else (None, {})
@@ -403,8 +412,8 @@ def load_split(split, json_path, settings, resolution, num_workers):
     rows = [row for row in range(len(records)) if row not in bad]
     if len(skipped) > len(rows) or not rows:
         line, reason = skipped[0] if skipped else (1, "the file is empty")
-        raise Stop(f"{json_path}: {len(skipped)} of {total} rows cannot be used. Line {line}: {reason}. "
-                   "Check IMAGE_PATH and JSON_PATH")
+        raise Stop(f"{json_path}: {len(skipped)} of {len(rows) + len(skipped)} rows are unusable. "
+                   f"Line {line}: {reason}. Check IMAGE_PATH and JSON_PATH")
     records = [records[row] for row in rows]
     dataset = FashionDataset(split, records, settings, resolution, pixels, rows, num_workers)
     say(f"{split:5} {len(rows):7,} rows used, {len(skipped):,} left out; {len(dataset.captions):,} "
@@ -418,8 +427,8 @@ def load_splits(settings, resolution, num_workers):
     for split in ("train", "val", "test"):
         json_path = settings.JSON_PATH.replace("{split}", split)
         if os.path.isfile(json_path) and (split == "train" or json_path != settings.JSON_PATH):
-            splits[split], left_out = load_split(split, json_path, settings, resolution, num_workers)
-            skipped += left_out
+            splits[split], bad = load_split(split, json_path, settings, resolution, num_workers)
+            skipped += bad
         else:
             say(f"{split:5} no file {json_path}: nothing is evaluated on it")
     if rank() == 0:
@@ -451,11 +460,10 @@ def load_clip(name, device):
             model = clip.model.build_model(weights).float()
             model.load_state_dict(weights)  # build_model has rounded them to half precision
         else:
-            raise ValueError(f"no such file, and no name among {', '.join(clip.available_models())}")
+            raise ValueError(f"no such file, and not among {', '.join(clip.available_models())}")
     except Exception as error:  # a damaged file raises nearly anything
         advice = ": is the internet there?" if name in clip.available_models() else ""
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise Stop(f"MODEL: cannot load {name!r}{advice} ({reason})") from None
+        raise Stop(f"MODEL: cannot load {name!r}{advice} ({one_line(error)})") from None
     return add_normalisation(model.float()).to(device).eval()
 
 def add_normalisation(model):
@@ -528,7 +536,8 @@ def encode_text(model, tokens):
         padded = packed.new_zeros(inside.numel(), packed.shape[1]).index_copy(0, slots, packed)
         return attention(padded, len(tokens), model.transformer.width // 64, causal=True)[slots]
     embedded = model.token_embedding(words) + model.positional_embedding[slots % longest]
-    return layer_norm(run_blocks(model.transformer, embedded, attend, end), model.ln_final) @ model.text_projection
+    read = run_blocks(model.transformer, embedded, attend, end)
+    return layer_norm(read, model.ln_final) @ model.text_projection
 
 def encode_images(model, images, precision):
     """Images float32 [B, 3, R, R] in 0..1 → image_features float32 [B, D] of length 1."""
@@ -549,7 +558,7 @@ def clip_loss(image_features, text_features, logit_scale, caption_ids):
     """Symmetric contrastive loss of B pairs, a scalar (the CLIP paper, arXiv 2103.00020, figure 3).
 
     image_features, text_features: float32 [B, D] of length 1; logit_scale: the log of the inverse
-    temperature; caption_ids: [B]. Pairs of one caption are positives of each other, in equal shares.
+    temperature; caption_ids: [B]. Pairs of one caption are positives of each other, equally.
     """
     logits_per_image = logit_scale.exp() * image_features @ text_features.T
     same_caption = (caption_ids[:, None] == caption_ids).float()
@@ -617,8 +626,8 @@ def train_step(run, pixels, tokens, batch_size, total_step):
     """One optimizer step: the same for any batch, chunk, and number of processes. Returns the loss.
 
     The loss couples all pairs of the global batch, as in the CLIP paper. It is computed on features
-    cut off from the encoders; their gradients are then pushed back through each chunk, encoded again
-    (GradCache, Gao et al. 2021, arXiv 2101.06983). A single chunk has kept its graph instead.
+    cut off from the encoders; their gradients are then pushed back through the chunks, each encoded
+    again (GradCache, Gao et al. 2021, arXiv 2101.06983). A single chunk has kept its graph instead.
 
     pixels: uint8 [b, 3, R, R], tokens: int32 [b, 77]: this process's share of batch_size pairs. The
     loss is a tensor: to read it is to wait for the device.
@@ -630,15 +639,16 @@ def train_step(run, pixels, tokens, batch_size, total_step):
     captions, which = tokens.unique(dim=0, return_inverse=True)  # each distinct caption once
     def encode_pictures(rows):
         images = pixels[rows].to(device, non_blocking=True).float().div(255)
-        return encode_images(model, augment(images, draws[rows], run.settings.MIN_CROP), run.precision)
+        images = augment(images, draws[rows], run.settings.MIN_CROP)
+        return encode_images(model, images, run.precision)
     towers = [(len(pixels), encode_pictures),
               (len(captions), lambda rows: encode_captions(model, captions[rows], run.precision))]
     features = encode_in_chunks(run, towers)
-    gathered = [gather_rows(rows.detach(), batch_size) for rows in (features[0], features[1][which])]
+    images, texts = (gather_rows(f.detach(), batch_size) for f in (features[0], features[1][which]))
     def backward(chunk):
-        graphs, features[:] = list(features), [rows.detach() for rows in features]  # done once more,
-        leaves = [rows.clone().requires_grad_() for rows in features]  # it starts without graphs
-        image_features, text_features = (rows.clone() for rows in gathered)  # the others' are constants
+        graphs, features[:] = list(features), [f.detach() for f in features]  # a retry has none
+        leaves = [f.clone().requires_grad_() for f in features]
+        image_features, text_features = images.clone(), texts.clone()  # the others' are constants
         image_features[mine], text_features[mine] = leaves[0], leaves[1][which]
         loss = clip_loss(image_features, text_features, model.logit_scale, caption_ids)
         gradients = torch.autograd.grad(run.scaler.scale(loss), [*leaves, model.logit_scale])
@@ -672,7 +682,8 @@ def class_metrics(confusion):
 
     A class that is never predicted has precision 0; one without rows has recall 0.
     """
-    right, predicted, rows = (n.double() for n in (confusion.diag(), confusion.sum(0), confusion.sum(1)))
+    confusion = confusion.double()
+    right, predicted, rows = confusion.diag(), confusion.sum(0), confusion.sum(1)
     precision, recall = right / predicted.clamp(min=1), right / rows.clamp(min=1)
     return right.sum() / rows.sum(), precision, recall, 2 * right / (predicted + rows).clamp(min=1)
 
@@ -685,10 +696,12 @@ def retrieval_recall(image_features, text_features, caption_ids, ranks=(1, 5, 10
     def nearest(queries, answers):
         count = min(max(ranks), len(answers))
         return torch.cat([(part @ answers.T).topk(count).indices for part in queries.split(1024)])
+    texts, images = nearest(image_features, text_features), nearest(text_features, image_features)
     captions = torch.arange(len(text_features), device=caption_ids.device)
-    right = {"image_to_text": nearest(image_features, text_features) == caption_ids[:, None],
-             "text_to_image": caption_ids[nearest(text_features, image_features)] == captions[:, None]}
-    return {f"{way}_r{k}": right[way][:, :k].any(1).double().mean().item() for way in right for k in ranks}
+    hits = {"image_to_text": texts == caption_ids[:, None],
+            "text_to_image": caption_ids[images] == captions[:, None]}
+    return {f"{way}_r{k}": right[:, :k].any(1).double().mean().item()
+            for way, right in hits.items() for k in ranks}
 
 @torch.no_grad()
 def encode_split(run, dataset, texts):
@@ -696,7 +709,7 @@ def encode_split(run, dataset, texts):
 
     texts: tokens [T, 77]. The processes share the work.
     """
-    model, device, num_texts, texts = run.model, run.model.mean.device, len(texts), texts[my_share()]
+    model, device, own = run.model, run.model.mean.device, texts[my_share()]
     every_row, features, rows_read = torch.arange(len(dataset)), [], []
     share = every_row[my_share()]
     loader = load_batches(run, dataset, (share if len(share) else every_row[:1]).split(256))
@@ -708,8 +721,8 @@ def encode_split(run, dataset, texts):
         rows_read.append(rows)
     image_features, rows = (torch.cat(parts)[: len(share)] for parts in (features, rows_read))
     text_features, = encode_in_chunks(
-        run, [(len(texts), lambda part: encode_captions(model, texts[part], run.precision))])
-    return (gather_rows(image_features, len(dataset)), gather_rows(text_features, num_texts),
+        run, [(len(own), lambda part: encode_captions(model, own[part], run.precision))])
+    return (gather_rows(image_features, len(dataset)), gather_rows(text_features, len(texts)),
             gather_rows(rows[:, None], len(dataset))[:, 0])
 
 def evaluate(run, dataset):
@@ -717,25 +730,29 @@ def evaluate(run, dataset):
     start, settings, labels = time.perf_counter(), run.settings, run.class_labels
     prompts, _ = tokenize([prompt for label in labels for prompt in class_prompts(label, settings)])
     captions = dataset.tokens[: len(dataset.captions)]
+    run.interrupts.at_once = world_size() == 1  # nothing changes here; several would wait for one
     image_features, texts, rows = encode_split(run, dataset, torch.cat([captions, prompts]))
+    run.interrupts.at_once = False
     text_features, class_features = texts.split([len(captions), len(prompts)])
-    class_features = F.normalize(class_features.view(len(labels), len(settings.PROMPTS), -1).mean(1), dim=-1)
-    predicted = (image_features @ class_features.T).argmax(1).cpu()
+    class_features = class_features.view(len(labels), len(settings.PROMPTS), -1).mean(1)
+    predicted = (image_features @ F.normalize(class_features, dim=-1).T).argmax(1).cpu()
     truth = torch.tensor([labels.index(record.class_label) for record in dataset.records])[rows]
-    confusion = torch.bincount(truth * len(labels) + predicted, minlength=len(labels) ** 2).view(len(labels), -1)
+    confusion = torch.bincount(truth * len(labels) + predicted, minlength=len(labels) ** 2)
+    confusion = confusion.view(len(labels), len(labels))
     caption_ids, loss = dataset.caption_ids[rows].to(image_features.device), 0.0
-    for batch in epoch_batches(dataset, settings, epoch=0)[1]:  # shuffled: the file is sorted by class
-        ids = caption_ids[batch]
-        batch_loss = clip_loss(image_features[batch], text_features[ids], run.model.logit_scale, ids)
-        loss += batch_loss.item() * len(batch) / len(rows)
+    for batch in epoch_batches(dataset, settings, epoch=0)[1]:  # shuffled, unlike the file
+        ids, scale = caption_ids[batch], run.model.logit_scale
+        batch_loss = clip_loss(image_features[batch], text_features[ids], scale, ids).item()
+        loss += batch_loss * len(batch) / len(rows)
     accuracy, _, _, f1 = class_metrics(confusion)
-    metrics = {"loss": loss, "accuracy": accuracy.item(), "macro_f1": f1[confusion.sum(1) > 0].mean().item()}
+    macro_f1 = f1[confusion.sum(1) > 0].mean()
+    metrics = {"loss": loss, "accuracy": accuracy.item(), "macro_f1": macro_f1.item()}
     metrics |= retrieval_recall(image_features, text_features, caption_ids)
     seconds = time.perf_counter() - start
     return metrics | {"seconds": seconds, "pairs_per_second": len(rows) / seconds}, confusion
 
 def score(metrics):
-    """What best.pt is best in: the mean of what people do with it, classify and search both ways."""
+    """What best.pt is best in: the mean of what people do, classify and search both ways."""
     return (metrics["accuracy"] + metrics["image_to_text_r5"] + metrics["text_to_image_r5"]) / 3
 
 # ---- Checkpoints -------------------------------------------------------------------------------
@@ -749,18 +766,21 @@ def new_progress():
             "confusions": {},  # on val, "before" training and of the "best" epoch
             "finished": False}
 
-def shaping(settings):
-    """The constants that make the training what it is: all but paths, and what fits the machine."""
-    free = {"IMAGE_PATH", "JSON_PATH", "OUTPUT_PATH", "CACHE_PATH", "CHUNK_SIZE", "MAX_WORKERS", "SAMPLE_RUN"}
-    return {name: value for name, value in vars(settings).items() if name not in free}
+def shaping(run):
+    """What makes the training what it is: the rows, and all constants but the machine's."""
+    free = ("IMAGE_PATH", "JSON_PATH", "OUTPUT_PATH", "CACHE_PATH", "CHUNK_SIZE", "MAX_WORKERS",
+            "SAMPLE_RUN")
+    settings = {name: value for name, value in vars(run.settings).items() if name not in free}
+    return settings | {"the train rows": run.train_rows}
 
 def save_run(run):
     """Write last.pt, from which the run goes on exactly. Not where the loss was not finite."""
     require_finite(run)
     if rank() == 0:
         state = {name: getattr(run, name) for name in new_progress()}
-        state |= {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        save(run.last, state | {"settings": shaping(run.settings)})
+        for name in ("model", "optimizer", "scaler"):
+            state[name] = getattr(run, name).state_dict()
+        save(run.last, state | {"settings": shaping(run)})
 
 def resume_run(run):
     """Go on from last.pt, if there is one of the same training."""
@@ -768,7 +788,7 @@ def resume_run(run):
         return
     try:
         state = torch.load(run.last, map_location="cpu", weights_only=True)
-        old, new = state.pop("settings"), shaping(run.settings)
+        old, new = state.pop("settings"), shaping(run)
         changed = [name for name in new | old if old.get(name) != new.get(name)]
         for name in () if changed else state:
             if name in new_progress():
@@ -776,12 +796,12 @@ def resume_run(run):
             else:
                 getattr(run, name).load_state_dict(state[name])
     except Exception as error:
-        raise Stop(f"{run.last} is no checkpoint of this script ({' '.join(str(error).split())[:200]}). "
-                   "Move it away to start anew, or set another OUTPUT_PATH") from None
+        raise Stop(f"{run.last} is no checkpoint of this script ({one_line(error)}). Move it away "
+                   "to start anew, or set another OUTPUT_PATH") from None
     if changed:
-        changes = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
-        raise Stop(f"{run.last} is from a run with other constants: {changes}. Set them back to go on "
-                   "with it, or set another OUTPUT_PATH to start anew")
+        changes = (f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
+        raise Stop(f"{run.last} is from a run with other constants: {'; '.join(changes)}. Set them "
+                   "back to go on with it, or set another OUTPUT_PATH to start anew")
     say(f"Going on from {run.last}: epoch {run.epoch}, of which {run.step} steps are done.")
 
 def require_finite(run):
@@ -860,20 +880,19 @@ def train_epoch(run, dataset, bar):
 
 def train(run, splits, bar):
     """Evaluate, then train and evaluate epoch by epoch, keeping the best weights and the last."""
-    say("", "epoch  split     loss  accuracy  macro-F1   image→text R@1, 5, 10   text→image R@1, 5, 10"
-        "   pairs/s")
+    say("", "epoch  split     loss  accuracy  macro-F1   image→text R@1, 5, 10   "
+        "text→image R@1, 5, 10   pairs/s")
     while run.epoch <= run.settings.NUM_EPOCHS:
         start, steps_before = time.perf_counter(), run.step
         if run.epoch > 0:
             train_epoch(run, splits["train"], bar)
         trained, metrics, confusion = time.perf_counter() - start, None, None
         if "val" in splits:
-            run.interrupts.at_once = True
             metrics, confusion = evaluate(run, splits["val"])
-            run.interrupts.at_once = False
             if run.epoch > 0:
                 pairs = (run.step - steps_before) * run.settings.BATCH_SIZE
-                metrics |= {"seconds": time.perf_counter() - start, "pairs_per_second": pairs / trained,
+                metrics |= {"seconds": time.perf_counter() - start,
+                            "pairs_per_second": pairs / trained,
                             "train_loss": sum(map(float, run.losses)) / len(run.losses)}
             log(run, "val", run.epoch, metrics)
             run.confusions.setdefault("before", confusion)
@@ -907,44 +926,47 @@ def class_table(run):
 
 def finish(run, splits):
     """Evaluate the best weights on test; say how each class fares, and how to use the weights."""
+    everyone("best.pt is written")
     run.model.load_state_dict(torch.load(run.best, map_location="cpu", weights_only=True))
     if "test" in splits:
-        run.interrupts.at_once = True
         metrics, _ = evaluate(run, splits["test"])
-        run.interrupts.at_once = False
         log(run, "test", run.best_epoch, metrics)
     if "val" in splits:
         say("", *class_table(run))
     run.finished = True
     save_run(run)
-    say("", f"The best weights, of epoch {run.best_epoch}, are in {run.best}. To use them anywhere:",
+    say("", f"The best weights, of epoch {run.best_epoch}, are in {run.best}. To use them:",
         f'    model, preprocess = clip.load("{run.best}")')
 
 # ---- The whole run -----------------------------------------------------------------------------
 def prepare(settings, device, interrupts):
-    """Load the model, read the data → (the run as it starts or goes on, {split: FashionDataset})."""
+    """Load model and data → (the run as it starts or goes on, {split: FashionDataset})."""
     train_path = settings.JSON_PATH.replace("{split}", "train")
     if not os.path.isdir(settings.IMAGE_PATH):
-        raise Stop(f"IMAGE_PATH: there is no folder {settings.IMAGE_PATH}; set it to where the pictures are")
+        raise Stop(f"IMAGE_PATH: there is no folder {settings.IMAGE_PATH}; it must hold the pictures")
     if not os.path.isfile(train_path):
-        raise Stop(f"JSON_PATH: there is no file {train_path}; set it to where the train rows are")
+        raise Stop(f"JSON_PATH: there is no file {train_path}; it is to hold the rows to train on")
     torch.manual_seed(settings.SEED)
     for turn in (0, 1):  # one process of a machine downloads the weights, the others find them
         if turn == min(local_rank(), 1):
             model = load_clip(settings.MODEL, device)
         everyone("loaded")
-    num_workers = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), settings.MAX_WORKERS)
-    splits, precision = load_splits(settings, model.visual.input_resolution, num_workers), choose_precision(device)
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_workers, precision = min(cores, settings.MAX_WORKERS), choose_precision(device)
+    splits = load_splits(settings, model.visual.input_resolution, num_workers)
     run = SimpleNamespace(
-        settings=settings, interrupts=interrupts, model=model, precision=precision, num_workers=num_workers,
+        settings=settings, interrupts=interrupts, model=model, precision=precision,
+        num_workers=num_workers,
         class_labels=sorted({r.class_label for data in splits.values() for r in data.records}),
         chunk=settings.CHUNK_SIZE or settings.BATCH_SIZE,  # pairs encoded at a time
         optimizer=make_optimizer(model, settings.WEIGHT_DECAY),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        train_rows=hashlib.sha256(repr(splits["train"].records).encode()).hexdigest()[:12],
         best=os.path.join(settings.OUTPUT_PATH, "best.pt"),
         last=os.path.join(settings.OUTPUT_PATH, "last.pt"), **new_progress())
-    say(f"{settings.MODEL} in {str(precision)[6:]} on {world_size()} × {device.type}, {len(run.class_labels)} "
-        f"classes, {settings.NUM_EPOCHS} epochs of {settings.BATCH_SIZE} pairs a step; output in {settings.OUTPUT_PATH}")
+    say(f"{settings.MODEL} in {str(precision)[6:]} on {world_size()} × {device.type}; "
+        f"{len(run.class_labels)} classes; {settings.NUM_EPOCHS} epochs of {settings.BATCH_SIZE} "
+        f"pairs a step; output in {settings.OUTPUT_PATH}")
     resume_run(run)
     return run, splits
 
@@ -956,17 +978,18 @@ def main():
         if rank() == 0:
             lock.acquire(timeout=0)
     except Timeout:
-        raise Stop(f"OUTPUT_PATH: another run writes to {settings.OUTPUT_PATH}; set another") from None
+        raise Stop(f"OUTPUT_PATH: another run writes to {settings.OUTPUT_PATH}; set another"
+                   ) from None
     run, splits = prepare(settings, device, interrupts)
     if run.finished:
-        say(f"This run is finished, its weights are in {run.best}. For another, set another OUTPUT_PATH.")
+        say(f"This run is finished: {run.best} has its weights. For another, set OUTPUT_PATH.")
         return
     steps = -(-len(splits["train"]) // settings.BATCH_SIZE)
     done = max(0, run.epoch - 1) * steps + run.step
     interrupts.at_once = False
     try:
-        with tqdm(total=steps * settings.NUM_EPOCHS, initial=done, desc="training", unit=" steps",
-                  disable=None if rank() == 0 else True, leave=False) as bar:
+        total = steps * settings.NUM_EPOCHS
+        with progress_bar(desc="training", unit=" steps", total=total, initial=done) as bar:
             train(run, splits, bar)
         finish(run, splits)
     except (Interrupted, RuntimeError) as error:
@@ -984,5 +1007,5 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        sys.exit(f"a process that decodes pictures was killed ({error}). If memory was short, lower "
-                 "MAX_WORKERS; then start again")
+        sys.exit(f"a process that decodes pictures was killed ({error}). If memory was short, "
+                 "lower MAX_WORKERS; then start again")

@@ -93,7 +93,7 @@ device = ic.join_processes()
 settings = ic.read_settings()
 vars(settings).update(quick(Path({data!r}), OUTPUT_PATH="outputs"))
 os.makedirs("outputs", exist_ok=True)
-run, splits = ic.prepare(settings, device, None)
+run, splits = ic.prepare(settings, device, ic.Interrupts())
 run.precision = torch.float32
 ic.say(repr([ic.evaluate(run, splits[split])[0] for split in splits]))
 """
