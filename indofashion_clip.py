@@ -485,7 +485,8 @@ def run_blocks(transformer, tokens, attend, read):
     """CLIP's residual attention blocks on packed tokens [T, width] → rows `read` of the result.
 
     attend: queries, keys and values [T, 3 · width] → [T, width]. The last block computes no row
-    that is not read. QuickGELU, h · sigmoid(1.702 h), is written as silu(1.702 h) / 1.702.
+    that is not read. QuickGELU, h · sigmoid(1.702 h), is silu(1.702 h) / 1.702, and the factors are
+    put into the weights, which are smaller than what they are multiplied with.
     """
     for block in transformer.resblocks:
         normed = layer_norm(tokens, block.ln_1)
@@ -493,8 +494,10 @@ def run_blocks(transformer, tokens, attend, read):
         if block is transformer.resblocks[-1]:
             tokens, mixed = tokens[read], mixed[read]
         tokens = tokens + block.attn.out_proj(mixed)
-        hidden = block.mlp.c_fc(layer_norm(tokens, block.ln_2))
-        tokens = tokens + block.mlp.c_proj(F.silu(hidden * 1.702) / 1.702)
+        widen, narrow = block.mlp.c_fc, block.mlp.c_proj
+        normed = layer_norm(tokens, block.ln_2)
+        hidden = F.silu(F.linear(normed, widen.weight * 1.702, widen.bias * 1.702))
+        tokens = tokens + F.linear(hidden, narrow.weight / 1.702, narrow.bias)
     return tokens
 
 def layer_norm(tokens, norm):
@@ -502,8 +505,15 @@ def layer_norm(tokens, norm):
 
 def attention(queries_keys_values, num_sequences, heads, causal):
     """Heads of 64 over sequences of one length, [N · L, 3 · width] → [N · L, width]."""
-    heads_first = queries_keys_values.view(num_sequences, -1, 3, heads, 64).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(*heads_first, is_causal=causal)
+    split = queries_keys_values.view(num_sequences, -1, 3, heads, 64).permute(2, 0, 3, 1, 4)
+    if split.is_cuda:
+        mixed = F.scaled_dot_product_attention(*split, is_causal=causal)
+    else:  # plain products: a sixth off the whole step in bfloat16, where the fused ones are slow
+        queries, keys, values = split.flatten(1, 2).contiguous()  # [N · heads, L, 64] each
+        scores = (queries / 8) @ keys.transpose(1, 2)
+        if causal:
+            scores = scores + torch.full_like(scores[0], -math.inf).triu(1)
+        mixed = (scores.softmax(-1) @ values).view(num_sequences, heads, -1, 64)
     return mixed.transpose(1, 2).reshape(len(queries_keys_values), -1)
 
 def encode_vit(visual, images):
@@ -943,9 +953,9 @@ def prepare(settings, device, interrupts):
     """Load model and data → (the run as it starts or goes on, {split: FashionDataset})."""
     train_path = settings.JSON_PATH.replace("{split}", "train")
     if not os.path.isdir(settings.IMAGE_PATH):
-        raise Stop(f"IMAGE_PATH: there is no folder {settings.IMAGE_PATH}; it must hold the pictures")
+        raise Stop(f"IMAGE_PATH: there is no folder {settings.IMAGE_PATH}; set it to yours")
     if not os.path.isfile(train_path):
-        raise Stop(f"JSON_PATH: there is no file {train_path}; it is to hold the rows to train on")
+        raise Stop(f"JSON_PATH: there is no file {train_path}; set it to where yours are")
     torch.manual_seed(settings.SEED)
     for turn in (0, 1):  # one process of a machine downloads the weights, the others find them
         if turn == min(local_rank(), 1):

@@ -197,11 +197,11 @@ def test_a_write_that_fails_inside_torch_save(tmp_path):
 
 def test_a_worker_killed_while_the_cache_is_built_is_a_clear_error(tmp_path, untouched):
     edited_script(tmp_path, **constants(untouched))
-    (tmp_path / "kill.py").write_text(
-        "import os, runpy, signal, torch, indofashion_clip as ic\n"
-        "source = open('indofashion_clip.py').read()\n"
-        "exec(compile(source.replace('bad = {}', 'bad = {}; os.kill(os.getpid(), signal.SIGKILL)'), 'x', 'exec'))\n")
-    done = subprocess.run([sys.executable, "kill.py"], cwd=tmp_path, capture_output=True, text=True, env=environment())
+    script = tmp_path / "indofashion_clip.py"
+    source = script.read_text(encoding="utf-8")
+    script.write_text(source.replace("        if os.path.getsize(path) == 0:", "        os.kill(os.getpid(), 9)"
+                                     "\n        if os.path.getsize(path) == 0:"), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, env=environment())
     assert done.returncode == 1 and "was killed" in done.stderr and "Traceback" not in done.stderr.split("Exception ignored")[0]
     assert not list(tmp_path.rglob("*.tmp"))
 
