@@ -98,15 +98,6 @@ class Stop(SystemExit):
 def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
-def read_settings():
-    """The constants, with SAMPLE_RUN's in place of some where the default dataset is missing."""
-    settings = {name: value for name, value in globals().items() if name.isupper() and name != "F"}
-    if settings["IMAGE_PATH"] == "data/indo-fashion" and not os.path.isdir("data/indo-fashion"):
-        print("IndoFashion is not in data/indo-fashion (www.kaggle.com/datasets/validmodel/"
-              "indo-fashion-dataset):\nrunning the bundled sample instead, by SAMPLE_RUN.")
-        settings |= SAMPLE_RUN
-    return SimpleNamespace(**settings)
-
 # ---- Processes: one, or those that torchrun started --------------------------------------------
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -157,6 +148,15 @@ def gather_rows(rows, count):
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return torch.stack(parts, 1).flatten(0, 1)[:count]
+
+def read_settings():
+    """The constants, with SAMPLE_RUN's in place of some where the default dataset is missing."""
+    settings = {name: value for name, value in globals().items() if name.isupper() and name != "F"}
+    if settings["IMAGE_PATH"] == "data/indo-fashion" and not os.path.isdir("data/indo-fashion"):
+        say("IndoFashion is not in data/indo-fashion. To get it, see data/README.md or",
+            "www.kaggle.com/datasets/validmodel/indo-fashion-dataset. Running the bundled sample.")
+        settings |= SAMPLE_RUN
+    return SimpleNamespace(**settings)
 
 # ---- Data: rows → captions and pictures --------------------------------------------------------
 class Record(NamedTuple):
@@ -416,10 +416,11 @@ def load_split(split, json_path, settings, resolution, num_workers):
                    f"Line {line}: {reason}. Check IMAGE_PATH and JSON_PATH")
     records = [records[row] for row in rows]
     dataset = FashionDataset(split, records, settings, resolution, pixels, rows, num_workers)
-    say(f"{split:5} {len(rows):7,} rows used, {len(skipped):,} left out; {len(dataset.captions):,} "
-        f"captions, {int((~dataset.titled).sum()):,} class prompts for missing titles, "
-        f"{dataset.truncated:,} cut to 77 tokens")
-    return dataset, [{"split": split, "line": line, "reason": why} for line, why in skipped]
+    why = " (skipped.jsonl says why)" if skipped else ""
+    say(f"{split:5} {len(rows):7,} rows used, {len(skipped):,} left out{why}; "
+        f"{len(dataset.captions):,} captions, {int((~dataset.titled).sum()):,} class prompts for "
+        f"missing titles, {dataset.truncated:,} cut to 77 tokens")
+    return dataset, [{"split": split, "line": line, "reason": reason} for line, reason in skipped]
 
 def load_splits(settings, resolution, num_workers):
     """{split: FashionDataset} of the splits there are; lists the rows left out in skipped.jsonl."""
@@ -645,8 +646,9 @@ def train_step(run, pixels, tokens, batch_size, total_step):
     model, device, mine = run.model, run.model.mean.device, my_share()
     generator = torch.Generator().manual_seed(run.settings.SEED * 1_000_003 + total_step)
     draws = torch.rand(batch_size, 4, generator=generator)[mine].to(device, non_blocking=True)
-    caption_ids = gather_rows(tokens, batch_size).unique(dim=0, return_inverse=True)[1].to(device)
+    _, caption_ids = gather_rows(tokens, batch_size).unique(dim=0, return_inverse=True)
     captions, which = tokens.unique(dim=0, return_inverse=True)  # each distinct caption once
+    caption_ids, which = (ids.to(device, non_blocking=True) for ids in (caption_ids, which))
     def encode_pictures(rows):
         images = pixels[rows].to(device, non_blocking=True).float().div(255)
         images = augment(images, draws[rows], run.settings.MIN_CROP)
@@ -770,7 +772,7 @@ def new_progress():
     """What a run keeps in last.pt beside its weights. The random draws follow from the numbers."""
     return {"epoch": 0,  # 0 is the evaluation before training
             "step": 0,  # steps done in the epoch
-            "losses": [],  # of those steps: tensors, left on the device
+            "losses": [],  # of those steps; the last are tensors, still on the device
             "history": [],  # the lines of metrics.jsonl
             "best_epoch": None, "best_score": -1.0,
             "confusions": {},  # on val, "before" training and of the "best" epoch
@@ -815,9 +817,10 @@ def resume_run(run):
     say(f"Going on from {run.last}: epoch {run.epoch}, of which {run.step} steps are done.")
 
 def require_finite(run):
-    """Stops where one of the last losses is not finite. Waits for the device."""
+    """Read the last losses, which waits for the device, and stop where one is not finite."""
     first = max(0, len(run.losses) - 20)
-    for step, loss in enumerate(map(float, run.losses[first:]), first + 1):
+    run.losses[first:] = map(float, run.losses[first:])
+    for step, loss in enumerate(run.losses[first:], first + 1):
         if not math.isfinite(loss):
             raise Stop(f"the loss is {loss} in step {step} of epoch {run.epoch}: try a lower LR. "
                        f"{run.settings.OUTPUT_PATH} holds the last good weights")
@@ -903,7 +906,7 @@ def train(run, splits, bar):
                 pairs = (run.step - steps_before) * run.settings.BATCH_SIZE
                 metrics |= {"seconds": time.perf_counter() - start,
                             "pairs_per_second": pairs / trained,
-                            "train_loss": sum(map(float, run.losses)) / len(run.losses)}
+                            "train_loss": sum(run.losses) / len(run.losses)}
             log(run, "val", run.epoch, metrics)
             run.confusions.setdefault("before", confusion)
         if metrics is None or score(metrics) > run.best_score:
@@ -981,7 +984,7 @@ def prepare(settings, device, interrupts):
     return run, splits
 
 def main():
-    settings, device, interrupts = read_settings(), join_processes(), Interrupts()
+    device, settings, interrupts = join_processes(), read_settings(), Interrupts()
     os.makedirs(settings.OUTPUT_PATH, exist_ok=True)
     lock = FileLock(os.path.join(settings.OUTPUT_PATH, ".lock"))
     try:
