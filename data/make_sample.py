@@ -10,25 +10,44 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageDraw
 
 SPLITS = {"train": 16, "val": 5, "test": 5}  # pictures per class
-SUPERSAMPLE = 2                              # drawn larger, then reduced: smooth edges
+SUPERSAMPLE = 2  # drawn larger, then reduced: smooth edges
 
 COLOURS = {
-    "Red": (190, 30, 45), "Maroon": (120, 20, 40), "Pink": (232, 110, 160), "Orange": (235, 120, 35),
-    "Mustard": (214, 160, 30), "Yellow": (245, 210, 60), "Green": (40, 130, 70), "Teal": (20, 120, 125),
-    "Blue": (45, 90, 190), "Navy Blue": (25, 35, 90), "Purple": (110, 50, 140), "Grey": (130, 130, 135),
-    "Black": (30, 30, 34), "Cream": (240, 228, 200), "White": (248, 248, 248), "Brown": (120, 75, 45),
+    "Red": (190, 30, 45),
+    "Maroon": (120, 20, 40),
+    "Pink": (232, 110, 160),
+    "Orange": (235, 120, 35),
+    "Mustard": (214, 160, 30),
+    "Yellow": (245, 210, 60),
+    "Green": (40, 130, 70),
+    "Teal": (20, 120, 125),
+    "Blue": (45, 90, 190),
+    "Navy Blue": (25, 35, 90),
+    "Purple": (110, 50, 140),
+    "Grey": (130, 130, 135),
+    "Black": (30, 30, 34),
+    "Cream": (240, 228, 200),
+    "White": (248, 248, 248),
+    "Brown": (120, 75, 45),
 }
 GOLD, SKIN = (205, 165, 70), [(236, 196, 160), (205, 150, 110), (150, 100, 70)]
 PATTERNS = ["Solid", "Striped", "Polka Dot", "Checked", "Floral Print", "Woven Design"]
 FABRICS = ["Cotton", "Silk Blend", "Georgette", "Rayon", "Art Silk", "Chanderi"]
 TITLES = {  # garment, and how a shop's titles call it
-    "saree": "Women's {fabric} {pattern} Saree With Blouse Piece", "blouse": "Women's {pattern} {fabric} Readymade Saree Blouse",
-    "dhoti_pants": "Women {pattern} {fabric} Dhoti Pants", "dupattas": "{fabric} {pattern} Dupatta for Women",
-    "gowns": "Women's {fabric} {pattern} Anarkali Gown", "kurta_men": "Men's {fabric} {pattern} Straight Kurta",
-    "leggings_and_salwars": "Women's {pattern} {fabric} Churidar Leggings", "lehenga": "{pattern} Semi Stitched {fabric} Lehenga Choli",
-    "mojaris_men": "Men's {pattern} Ethnic Mojari Jutti", "mojaris_women": "Women {pattern} Embroidered Mojaris",
-    "nehru_jackets": "Men's {fabric} {pattern} Nehru Jacket", "palazzos": "Women's {fabric} {pattern} Flared Palazzo",
-    "petticoats": "Women's {fabric} Saree Petticoat Underskirt", "sherwanis": "Men's {fabric} {pattern} Sherwani",
+    "saree": "Women's {fabric} {pattern} Saree With Blouse Piece",
+    "blouse": "Women's {pattern} {fabric} Readymade Saree Blouse",
+    "dhoti_pants": "Women {pattern} {fabric} Dhoti Pants",
+    "dupattas": "{fabric} {pattern} Dupatta for Women",
+    "gowns": "Women's {fabric} {pattern} Anarkali Gown",
+    "kurta_men": "Men's {fabric} {pattern} Straight Kurta",
+    "leggings_and_salwars": "Women's {pattern} {fabric} Churidar Leggings",
+    "lehenga": "{pattern} Semi Stitched {fabric} Lehenga Choli",
+    "mojaris_men": "Men's {pattern} Ethnic Mojari Jutti",
+    "mojaris_women": "Women {pattern} Embroidered Mojaris",
+    "nehru_jackets": "Men's {fabric} {pattern} Nehru Jacket",
+    "palazzos": "Women's {fabric} {pattern} Flared Palazzo",
+    "petticoats": "Women's {fabric} Saree Petticoat Underskirt",
+    "sherwanis": "Men's {fabric} {pattern} Sherwani",
     "women_kurta": "Women {pattern} {fabric} A-Line Kurta",
 }
 WITHOUT_TITLE = {"sherwanis": 0.4, "lehenga": 0.3, "palazzos": 0.1, "petticoats": 0.1}
@@ -59,7 +78,9 @@ class Canvas:
         ImageDraw.Draw(self.image).polygon(self.place(points), fill=colour)
 
     def line(self, points, colour, width=0.006):
-        ImageDraw.Draw(self.image).line(self.place(points), fill=colour, width=max(1, int(width * self.height)), joint="curve")
+        ImageDraw.Draw(self.image).line(
+            self.place(points), fill=colour, width=max(1, int(width * self.height)), joint="curve"
+        )
 
     def dot(self, x, y, radius, colour):
         (px, py), r = self.place([(x, y)])[0], radius * self.height
@@ -98,7 +119,9 @@ def texture(rng, size, pattern, colour, accent):
                     cx, cy, r = x + ox * step / 6, y + oy * step / 6, step / 7
                     draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=accent)
             elif pattern == "Woven Design":
-                draw.polygon([(x, y - step / 4), (x + step / 5, y), (x, y + step / 4), (x - step / 5, y)], fill=accent)
+                draw.polygon(
+                    [(x, y - step / 4), (x + step / 5, y), (x, y + step / 4), (x - step / 5, y)], fill=accent
+                )
     return sheet
 
 
@@ -113,10 +136,17 @@ def person(c, skin, hair_long):
 def sleeves(c, fill, skin, length, width=0.03, spread=0.17):
     """Arms from the shoulders; `length` of them is covered, the rest is skin."""
     for side in (-1, 1):
+
         def arm(start, end):
             x0, x1 = 0.085 + (spread - 0.085) * start, 0.085 + (spread - 0.085) * end
             y0, y1 = 0.19 + 0.29 * start, 0.19 + 0.29 * end
-            return [(side * (x0 - width), y0), (side * (x0 + width), y0 - 0.01), (side * (x1 + width * 0.8), y1), (side * (x1 - width * 0.8), y1)]
+            return [
+                (side * (x0 - width), y0),
+                (side * (x0 + width), y0 - 0.01),
+                (side * (x1 + width * 0.8), y1),
+                (side * (x1 - width * 0.8), y1),
+            ]
+
         if length < 1:
             c.fill(arm(length, 1), skin)
         if length > 0:
@@ -125,7 +155,15 @@ def sleeves(c, fill, skin, length, width=0.03, spread=0.17):
 
 def legs(c, colour, top, bottom=0.96, width=0.035, gap=0.045):
     for side in (-1, 1):
-        c.fill([(side * (gap - width), top), (side * (gap + width), top), (side * (gap + width * 0.7), bottom), (side * (gap - width * 0.7), bottom)], colour)
+        c.fill(
+            [
+                (side * (gap - width), top),
+                (side * (gap + width), top),
+                (side * (gap + width * 0.7), bottom),
+                (side * (gap - width * 0.7), bottom),
+            ],
+            colour,
+        )
         c.dot(side * gap * 1.1, bottom + 0.01, 0.022, (60, 40, 30))
 
 
@@ -159,7 +197,20 @@ def draw_blouse(c, rng, cloth, dark, accent, skin):
 
 
 def draw_dhoti_pants(c, rng, cloth, dark, accent, skin):
-    cloth(mirrored([(0.12, 0.14), (0.24, 0.42), (0.25, 0.6), (0.12, 0.86), (0.11, 0.92), (0.06, 0.92), (0.05, 0.84), (0.02, 0.74)]))
+    cloth(
+        mirrored(
+            [
+                (0.12, 0.14),
+                (0.24, 0.42),
+                (0.25, 0.6),
+                (0.12, 0.86),
+                (0.11, 0.92),
+                (0.06, 0.92),
+                (0.05, 0.84),
+                (0.02, 0.74),
+            ]
+        )
+    )
     hem(c, 0.16, 0.125, dark, 0.04)
     for x in (0.03, 0.07, 0.11):
         for side in (-1, 1):
@@ -204,7 +255,19 @@ def draw_kurta_men(c, rng, cloth, dark, accent, skin):
 
 
 def draw_leggings_and_salwars(c, rng, cloth, dark, accent, skin):
-    cloth(mirrored([(0.09, 0.08), (0.115, 0.24), (0.085, 0.55), (0.06, 0.93), (0.025, 0.93), (0.03, 0.55), (0.012, 0.3)]))
+    cloth(
+        mirrored(
+            [
+                (0.09, 0.08),
+                (0.115, 0.24),
+                (0.085, 0.55),
+                (0.06, 0.93),
+                (0.025, 0.93),
+                (0.03, 0.55),
+                (0.012, 0.3),
+            ]
+        )
+    )
     hem(c, 0.11, 0.095, dark, 0.03)
     for y in (0.8, 0.83, 0.86, 0.89):
         for side in (-1, 1):
@@ -219,15 +282,33 @@ def draw_lehenga(c, rng, cloth, dark, accent, skin):
     cloth(mirrored([(0.075, 0.41), (0.24, 0.78), (0.3, 0.95)]))
     for y, w in ((0.945, 0.298), (0.86, 0.27)):
         hem(c, y, w, accent, 0.03)
-    c.fill([(0.06, 0.17), (0.09, 0.18), (0.2, 0.55), (0.25, 0.84), (0.19, 0.83), (0.14, 0.5)], shade(accent, 0.75))
+    c.fill(
+        [(0.06, 0.17), (0.09, 0.18), (0.2, 0.55), (0.25, 0.84), (0.19, 0.83), (0.14, 0.5)],
+        shade(accent, 0.75),
+    )
 
 
 def draw_mojaris_men(c, rng, cloth, dark, accent, skin):
     for dx, dy in ((0.05, 0.33), (-0.03, 0.6)):  # from the side, the toe curling up
+
         def at(*points):
             return [(x + dx, y + dy) for x, y in points]
-        cloth(at((-0.24, -0.07), (-0.17, -0.1), (-0.1, -0.02), (0.02, -0.06), (0.14, 0.02), (0.22, -0.02), (0.24, -0.14), (0.28, -0.13),
-                 (0.28, 0.02), (0.2, 0.09), (-0.24, 0.09)))
+
+        cloth(
+            at(
+                (-0.24, -0.07),
+                (-0.17, -0.1),
+                (-0.1, -0.02),
+                (0.02, -0.06),
+                (0.14, 0.02),
+                (0.22, -0.02),
+                (0.24, -0.14),
+                (0.28, -0.13),
+                (0.28, 0.02),
+                (0.2, 0.09),
+                (-0.24, 0.09),
+            )
+        )
         c.fill(at((-0.25, 0.085), (0.2, 0.085), (0.19, 0.115), (-0.25, 0.115)), (70, 45, 30))
         c.fill(at((-0.17, -0.095), (-0.1, -0.015), (0.02, -0.055), (-0.05, -0.1)), shade(dark, 0.6))
         c.line(at((0.02, -0.06), (0.07, 0.08)), accent, 0.014)
@@ -235,11 +316,37 @@ def draw_mojaris_men(c, rng, cloth, dark, accent, skin):
 
 def draw_mojaris_women(c, rng, cloth, dark, accent, skin):
     for side in (-1, 1):  # a pair from above
+
         def at(*points):
             return [(side * 0.13 + x, y) for x, y in points]
-        cloth(at((0, 0.12), (0.07, 0.26), (0.105, 0.42), (0.08, 0.62), (0.085, 0.78), (0.05, 0.88), (-0.05, 0.88), (-0.085, 0.78), (-0.08, 0.62),
-                 (-0.105, 0.42), (-0.07, 0.26)))
-        c.fill(at((0, 0.44), (0.06, 0.5), (0.055, 0.76), (0.03, 0.84), (-0.03, 0.84), (-0.055, 0.76), (-0.06, 0.5)), (225, 200, 165))
+
+        cloth(
+            at(
+                (0, 0.12),
+                (0.07, 0.26),
+                (0.105, 0.42),
+                (0.08, 0.62),
+                (0.085, 0.78),
+                (0.05, 0.88),
+                (-0.05, 0.88),
+                (-0.085, 0.78),
+                (-0.08, 0.62),
+                (-0.105, 0.42),
+                (-0.07, 0.26),
+            )
+        )
+        c.fill(
+            at(
+                (0, 0.44),
+                (0.06, 0.5),
+                (0.055, 0.76),
+                (0.03, 0.84),
+                (-0.03, 0.84),
+                (-0.055, 0.76),
+                (-0.06, 0.5),
+            ),
+            (225, 200, 165),
+        )
         c.line(at((-0.06, 0.5), (0, 0.44), (0.06, 0.5)), accent, 0.016)
         c.dot(side * 0.13, 0.32, 0.035, accent)
         c.dot(side * 0.13, 0.32, 0.018, dark)
@@ -307,13 +414,19 @@ def draw(label, rng):
     pattern, fabric = rng.choice(PATTERNS), rng.choice(FABRICS)
     colour = tuple(min(255, max(0, value + rng.randint(-12, 12))) for value in COLOURS[colour_name])
     accent, dark = COLOURS.get(accent_name, GOLD), shade(colour, 0.72 if sum(colour) > 150 else 1.9)
-    background = shade((255, 255, 255), rng.uniform(0.86, 1.0)) if rng.random() < 0.6 else tuple(rng.randint(185, 245) for _ in range(3))
+    background = (
+        shade((255, 255, 255), rng.uniform(0.86, 1.0))
+        if rng.random() < 0.6
+        else tuple(rng.randint(185, 245) for _ in range(3))
+    )
     if sum(abs(a - b) for a, b in zip(colour, background)) < 70:
         background = shade(background, 0.78)
     c = Canvas(rng, background)
     c.background = background
     if rng.random() < 0.3:  # a floor, as in a studio
-        ImageDraw.Draw(c.image).rectangle((0, int(c.height * 0.9), c.width, c.height), fill=shade(background, 0.93))
+        ImageDraw.Draw(c.image).rectangle(
+            (0, int(c.height * 0.9), c.width, c.height), fill=shade(background, 0.93)
+        )
     sheet = texture(rng, c.image.size, "Solid" if label == "petticoats" else pattern, colour, accent)
     globals()[f"draw_{label}"](c, rng, lambda points: c.cloth(points, sheet), dark, accent, rng.choice(SKIN))
     light = Image.linear_gradient("L").resize(c.image.size).point(lambda v: 255 - v // 9)
@@ -331,7 +444,9 @@ def title(label, words, rng):
     style = rng.random()
     if style < 0.12:  # sellers repeat themselves
         return TITLES[label].format(fabric="", pattern="Embroidered").replace("  ", " ").strip()
-    return f"{colours} {body}" if style < 0.5 else f"{body} ({colours})" if style < 0.8 else f"{body}, {colours}"
+    return (
+        f"{colours} {body}" if style < 0.5 else f"{body} ({colours})" if style < 0.8 else f"{body}, {colours}"
+    )
 
 
 def make_sample(folder):
@@ -345,9 +460,16 @@ def make_sample(folder):
             picture, words = draw(label, rng)
             ending = "png" if rng.random() < 0.04 else rng.choice(["jpeg", "jpeg", "jpg"])
             name = f"images/{split}/{number}.{ending}"
-            picture.quantize(64).save(folder / name) if ending == "png" else picture.save(folder / name, "JPEG", quality=82)
-            row = {"image_url": "N/A", "image_path": name, "brand": rng.choice(["Generic", "Rangrez", "Aambal®", "N/A"]),
-                   "product_title": title(label, words, rng), "class_label": label}
+            picture.quantize(64).save(folder / name) if ending == "png" else picture.save(
+                folder / name, "JPEG", quality=82
+            )
+            row = {
+                "image_url": "N/A",
+                "image_path": name,
+                "brand": rng.choice(["Generic", "Rangrez", "Aambal®", "N/A"]),
+                "product_title": title(label, words, rng),
+                "class_label": label,
+            }
             if rng.random() < 1 / 8:
                 row["color"] = f"{words['colour']}, {words['accent']}"
             rows.append(json.dumps(row, ensure_ascii=False))

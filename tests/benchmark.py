@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -66,19 +65,27 @@ def ours(pixels, tokens):
     model = random_clip()
     precision = ic.choose_precision(DEVICE)
     settings = SimpleNamespace(SEED=0, MIN_CROP=0.9, MAX_GRAD_NORM=1.0)
-    run = SimpleNamespace(model=model, settings=settings, precision=precision, chunk=len(pixels),
-                          optimizer=ic.make_optimizer(model, 0.1), scaler=torch.amp.GradScaler(DEVICE.type, enabled=precision == torch.float16))
+    run = SimpleNamespace(
+        model=model,
+        settings=settings,
+        precision=precision,
+        chunk=len(pixels),
+        optimizer=ic.make_optimizer(model, 0.1),
+        scaler=torch.amp.GradScaler(DEVICE.type, enabled=precision == torch.float16),
+    )
     return lambda: ic.train_step(run, pixels, tokens, len(pixels), 0)
 
 
 def peer(model, images_and_texts, optimizer, autocast=True):
     """A step as these trainers write it: forward under autocast, one backward, one optimizer step."""
+
     def step():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
             images, texts, logit_scale = images_and_texts(model)
         contrastive(images, texts, logit_scale).backward()
         optimizer.step()
         optimizer.zero_grad()
+
     return step
 
 
@@ -91,25 +98,36 @@ def usual_recipe(pixels, tokens):
     model = random_clip()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
     tokens = tokens.to(DEVICE).long()
-    return peer(model, lambda m: (m.encode_image(normalised(m, pixels)), m.encode_text(tokens), m.logit_scale), optimizer, autocast=False)
+    return peer(
+        model,
+        lambda m: (m.encode_image(normalised(m, pixels)), m.encode_text(tokens), m.logit_scale),
+        optimizer,
+        autocast=False,
+    )
 
 
 def transformers_trainer(pixels, tokens):
     """CLIPModel in train mode, bf16 autocast and fused AdamW, as its Trainer sets them."""
     from transformers import CLIPConfig, CLIPModel
-    model, norm = CLIPModel(CLIPConfig()).to(DEVICE).train(), ic.add_normalisation(torch.nn.Module()).to(DEVICE)
+
+    model, norm = (
+        CLIPModel(CLIPConfig()).to(DEVICE).train(),
+        ic.add_normalisation(torch.nn.Module()).to(DEVICE),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     tokens = tokens.to(DEVICE).long()
 
     def forward(m):
         output = m(input_ids=tokens, pixel_values=normalised(norm, pixels))
         return output.image_embeds, output.text_embeds, m.logit_scale
+
     return peer(model, forward, optimizer)
 
 
 def open_clip_trainer(pixels, tokens):
     """Its ViT-B-32-quickgelu in train mode, amp_bf16 and AdamW, as its main.py sets them."""
     import open_clip
+
     model = open_clip.create_model("ViT-B-32-quickgelu").to(DEVICE).train()
     norm = ic.add_normalisation(torch.nn.Module()).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.98), eps=1e-6)
@@ -118,6 +136,7 @@ def open_clip_trainer(pixels, tokens):
     def forward(m):
         images, texts, scale = m(normalised(norm, pixels), tokens)
         return images, texts, scale.log()
+
     return peer(model, forward, optimizer)
 
 
@@ -144,7 +163,10 @@ def medians(works, rounds=ROUNDS, warmup=WARMUP):
 
 
 def matrix_product(dtype):
-    a, b = torch.randn(3200, 768, device=DEVICE, dtype=dtype), torch.randn(768, 3072, device=DEVICE, dtype=dtype)
+    a, b = (
+        torch.randn(3200, 768, device=DEVICE, dtype=dtype),
+        torch.randn(768, 3072, device=DEVICE, dtype=dtype),
+    )
     return lambda: [a @ b for _ in range(10)], 10 * 2 * 3200 * 768 * 3072
 
 
@@ -161,7 +183,12 @@ def steps_table():
     lines = {}
     for batch in BATCHES:
         pixels, tokens = random_batch(batch)
-        makers = {"usual recipe": usual_recipe, "transformers": transformers_trainer, "open_clip": open_clip_trainer, "this script": ours}
+        makers = {
+            "usual recipe": usual_recipe,
+            "transformers": transformers_trainer,
+            "open_clip": open_clip_trainer,
+            "this script": ours,
+        }
         works = {name: make(pixels, tokens) for name, make in makers.items()}
         bf16, flops = matrix_product(torch.bfloat16)
         fp32, _ = matrix_product(torch.float32)
@@ -169,10 +196,13 @@ def steps_table():
         rates = {name: batch / seconds[name] for name in works}
         mine = rates["this script"]
         lines[f"batch {batch}"] = {
-            "pairs_per_second": rates, "this_script_is_faster_by": {name: mine / rate for name, rate in rates.items()},
-            "bf16_gflops": flops / seconds["bf16"] / 1e9, "fp32_gflops": flops / seconds["fp32"] / 1e9,
+            "pairs_per_second": rates,
+            "this_script_is_faster_by": {name: mine / rate for name, rate in rates.items()},
+            "bf16_gflops": flops / seconds["bf16"] / 1e9,
+            "fp32_gflops": flops / seconds["fp32"] / 1e9,
             "useful_gflops": useful_flops(tokens) / seconds["this script"] / 1e9,
-            "of_the_bf16_rate": useful_flops(tokens) / seconds["this script"] / (flops / seconds["bf16"])}
+            "of_the_bf16_rate": useful_flops(tokens) / seconds["this script"] / (flops / seconds["bf16"]),
+        }
     return lines
 
 
@@ -190,18 +220,33 @@ print(peak, b.statistics.median(times))
 
 def peak(maker, batch, chunk=0, rounds=2):
     """(peak memory in GB, seconds a step) in a process of its own: on a CPU, of the whole process."""
-    script = PEAK.format(tests=str(ROOT / "tests"), root=str(ROOT), batch=batch, chunk=chunk, maker=f"b.{maker}", rounds=rounds)
+    script = PEAK.format(
+        tests=str(ROOT / "tests"), root=str(ROOT), batch=batch, chunk=chunk, maker=f"b.{maker}", rounds=rounds
+    )
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     memory, seconds = output.split()[-2:]
     return float(memory) / 1e9, float(seconds)
 
 
 def memory_table():
-    lines = {"peak_gb": {maker: peak(maker, BATCHES[0], rounds=1)[0] for maker in ("usual_recipe", "transformers_trainer", "open_clip_trainer", "ours")}}
-    (small, _), (chunked, slow), (whole, fast) = peak("ours", 32), peak("ours", 256, chunk=32), peak("ours", 256)
+    lines = {
+        "peak_gb": {
+            maker: peak(maker, BATCHES[0], rounds=1)[0]
+            for maker in ("usual_recipe", "transformers_trainer", "open_clip_trainer", "ours")
+        }
+    }
+    (small, _), (chunked, slow), (whole, fast) = (
+        peak("ours", 32),
+        peak("ours", 256, chunk=32),
+        peak("ours", 256),
+    )
     lines["batch 256 in chunks of 32"] = {
-        "peak_gb": chunked, "peak_gb_of_batch_32": small, "peak_gb_of_batch_256_whole": whole,
-        "of_the_peak_of_batch_32": chunked / small, "of_the_time_of_batch_256_whole": slow / fast}
+        "peak_gb": chunked,
+        "peak_gb_of_batch_32": small,
+        "peak_gb_of_batch_256_whole": whole,
+        "of_the_peak_of_batch_32": chunked / small,
+        "of_the_time_of_batch_256_whole": slow / fast,
+    }
     return lines
 
 
@@ -251,7 +296,9 @@ def start_table(folder):
     write_dataset(half, ROWS // 2)
     start(half, 8)
     start(data, 8)
-    small, large = (start(where, 8)[1] for where in (half, data))  # few pixels: the cache's pages are not the process's
+    small, large = (
+        start(where, 8)[1] for where in (half, data)
+    )  # few pixels: the cache's pages are not the process's
     return {"cold_seconds": cold, "cached_seconds": warm, "bytes_a_row": (large - small) / (ROWS - ROWS // 2)}
 
 
@@ -263,11 +310,18 @@ def input_table(folder):
     rates = {}
     runs = {}
     for name, cache in (("decoded every epoch", ""), ("from the cache", str(folder / "cache"))):
-        vars(settings).update(IMAGE_PATH=str(folder), JSON_PATH=str(folder / "{split}_data.json"), OUTPUT_PATH=str(folder), CACHE_PATH=cache)
+        vars(settings).update(
+            IMAGE_PATH=str(folder),
+            JSON_PATH=str(folder / "{split}_data.json"),
+            OUTPUT_PATH=str(folder),
+            CACHE_PATH=cache,
+        )
         data = ic.load_splits(settings, 224, os.cpu_count())["train"]
         run = SimpleNamespace(num_workers=os.cpu_count(), model=SimpleNamespace(mean=torch.zeros(1)))
         batches = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).split(64)
-        runs[name] = lambda run=run, data=data, batches=batches: [pixels.sum() for pixels, _, _ in ic.load_batches(run, data, batches) if 0 * len(pixels)]
+        runs[name] = lambda run=run, data=data, batches=batches: [
+            pixels.sum() for pixels, _, _ in ic.load_batches(run, data, batches) if 0 * len(pixels)
+        ]
     for name, seconds in medians(runs).items():
         rates[name] = 1920 / seconds
     return rates | {"ratio": rates["from the cache"] / rates["decoded every epoch"]}
@@ -275,13 +329,19 @@ def input_table(folder):
 
 def flat(tree, path=()):
     for name, value in tree.items():
-        yield from flat(value, (*path, name)) if isinstance(value, dict) else [(" · ".join((*path, name)), value)]
+        yield from (
+            flat(value, (*path, name)) if isinstance(value, dict) else [(" · ".join((*path, name)), value)]
+        )
 
 
 def processor():
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if os.path.exists("/proc/cpuinfo") else []
+    names = (
+        [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        if os.path.exists("/proc/cpuinfo")
+        else []
+    )
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
@@ -293,7 +353,9 @@ def main():
         result["pictures_per_second"] = input_table(Path(folder) / "input")
         result["start"] = start_table(Path(folder))
     for name, value in flat(result):
-        print(f"{name:75} {value if isinstance(value, str) else f'{value:10.3g}' if value < 1000 else f'{value:10,.0f}'}")
+        print(
+            f"{name:75} {value if isinstance(value, str) else f'{value:10.3g}' if value < 1000 else f'{value:10,.0f}'}"
+        )
     with open("benchmark.json", "w") as file:
         json.dump(result, file, indent=1)
 

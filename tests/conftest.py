@@ -37,7 +37,9 @@ def tiny_model(seed=0):
 def make_dataset(folder, train=24, val=10, test=10):
     """The first classes' pictures of the sample, taken in turns: a dataset of a few rows."""
     for split, count in {"train": train, "val": val, "test": test}.items():
-        rows = [json.loads(line) for line in open(ROOT / "data/sample" / f"{split}_data.json", encoding="utf-8")]
+        rows = [
+            json.loads(line) for line in open(ROOT / "data/sample" / f"{split}_data.json", encoding="utf-8")
+        ]
         by_class = {}
         for row in rows:
             by_class.setdefault(row["class_label"], []).append(row)
@@ -72,8 +74,14 @@ def edited_script(folder, **constants):
 
 def quick(data, **constants):
     """Constants for a run of seconds on a dataset made by make_dataset."""
-    return {"IMAGE_PATH": str(data), "JSON_PATH": str(data / "{split}_data.json"), "MODEL": "tiny",
-            "BATCH_SIZE": 8, "NUM_EPOCHS": 2, "LR": 1e-3} | constants
+    return {
+        "IMAGE_PATH": str(data),
+        "JSON_PATH": str(data / "{split}_data.json"),
+        "MODEL": "tiny",
+        "BATCH_SIZE": 8,
+        "NUM_EPOCHS": 2,
+        "LR": 1e-3,
+    } | constants
 
 
 def environment(**more):
@@ -89,8 +97,14 @@ def run_script(folder, *, processes=None, code=0, inside=True, **constants):
         output, exit_code = run_inside(script)
     else:
         torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-        done = subprocess.run([sys.executable, *(torchrun if processes else ()), str(script)], cwd=folder,
-                              capture_output=True, text=True, env=environment(), timeout=300)
+        done = subprocess.run(
+            [sys.executable, *(torchrun if processes else ()), str(script)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=300,
+        )
         output, exit_code = done.stdout + done.stderr, done.returncode
     assert exit_code == code, f"exit {exit_code}\n{output}"
     return output
@@ -116,7 +130,9 @@ def run_inside(script):
 def read_metrics(folder, times=True):
     lines = [json.loads(line) for line in open(folder / "outputs/metrics.jsonl", encoding="utf-8")]
     if not times:
-        lines = [{k: v for k, v in line.items() if k not in ("seconds", "pairs_per_second")} for line in lines]
+        lines = [
+            {k: v for k, v in line.items() if k not in ("seconds", "pairs_per_second")} for line in lines
+        ]
     return lines
 
 

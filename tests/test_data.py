@@ -9,7 +9,16 @@ from types import SimpleNamespace
 import clip
 import pytest
 import torch
-from conftest import edited_script, environment, make_dataset, quick, read_skipped, run_script, tiny_model, write_rows
+from conftest import (
+    edited_script,
+    environment,
+    make_dataset,
+    quick,
+    read_skipped,
+    run_script,
+    tiny_model,
+    write_rows,
+)
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from PIL import Image, ImageOps
 
@@ -17,17 +26,30 @@ import indofashion_clip as ic
 
 
 def row(title="Women's Silk Saree", path="images/train/0.jpeg", label="saree", **more):
-    return {"image_url": "N/A", "image_path": path, "brand": "N/A", "product_title": title, "class_label": label} | more
+    return {
+        "image_url": "N/A",
+        "image_path": path,
+        "brand": "N/A",
+        "product_title": title,
+        "class_label": label,
+    } | more
 
 
-@pytest.mark.parametrize("title, caption", [
-    ("Navy Blue &amp; Gold-Toned  Silk\tSaree ", "Navy Blue & Gold-Toned Silk Saree"),
-    ("Aambal® Women’s Saree", "Aambal® Women’s Saree"),
-    ("x" * 60 + " Red", "x" * 60 + " Red"),
-    ("N/A", "a photo of a saree"), ("NA", "a photo of a saree"), ("", "a photo of a saree"),
-    ("  ", "a photo of a saree"), (None, "a photo of a saree"), (7, "a photo of a saree"),
-    ("bad \ud800 half", "bad half"),
-])
+@pytest.mark.parametrize(
+    "title, caption",
+    [
+        ("Navy Blue &amp; Gold-Toned  Silk\tSaree ", "Navy Blue & Gold-Toned Silk Saree"),
+        ("Aambal® Women’s Saree", "Aambal® Women’s Saree"),
+        ("x" * 60 + " Red", "x" * 60 + " Red"),
+        ("N/A", "a photo of a saree"),
+        ("NA", "a photo of a saree"),
+        ("", "a photo of a saree"),
+        ("  ", "a photo of a saree"),
+        (None, "a photo of a saree"),
+        (7, "a photo of a saree"),
+        ("bad \ud800 half", "bad half"),
+    ],
+)
 def test_captions(tmp_path, settings, title, caption):
     write_rows(tmp_path / "rows.json", [row(title)])
     [record], skipped = ic.read_records(tmp_path / "rows.json", settings)
@@ -44,14 +66,25 @@ def test_json_array_reads_as_json_lines(tmp_path, settings):
     rows = [row(), row("Red Saree", "images/train/1.jpeg")]
     write_rows(tmp_path / "lines.json", rows)
     (tmp_path / "array.json").write_text("\ufeff \n" + json.dumps(rows, indent=1), encoding="utf-8")
-    assert ic.read_records(tmp_path / "lines.json", settings) == ic.read_records(tmp_path / "array.json", settings)
+    assert ic.read_records(tmp_path / "lines.json", settings) == ic.read_records(
+        tmp_path / "array.json", settings
+    )
 
 
 def test_unusable_rows(tmp_path, settings):
     good = row()
-    lines = ["{not json", "[1, 2]", "", json.dumps(row(path=None)), json.dumps(row(label="")),
-             json.dumps(row(path="/etc/passwd")), json.dumps(row(path="images/../../x.jpeg")),
-             "[" * 100_000, json.dumps(good), json.dumps(row(path="images/a/../b.jpeg"))]
+    lines = [
+        "{not json",
+        "[1, 2]",
+        "",
+        json.dumps(row(path=None)),
+        json.dumps(row(label="")),
+        json.dumps(row(path="/etc/passwd")),
+        json.dumps(row(path="images/../../x.jpeg")),
+        "[" * 100_000,
+        json.dumps(good),
+        json.dumps(row(path="images/a/../b.jpeg")),
+    ]
     (tmp_path / "rows.json").write_text("\n".join(lines), encoding="utf-8")
     records, skipped = ic.read_records(tmp_path / "rows.json", settings)
     assert [record.line for record in records] == [9, 10]
@@ -62,15 +95,21 @@ def test_unusable_rows(tmp_path, settings):
     assert "outside IMAGE_PATH" in reasons[6] and "outside IMAGE_PATH" in reasons[7]
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-                           lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
 field_names = st.sampled_from(["image_path", "class_label", "product_title", "color"])
 almost_rows = st.dictionaries(field_names, json_values | st.text(), max_size=4)
 
 
 @hypothesis_settings(max_examples=300, deadline=None)
-@given(st.binary() | st.lists(almost_rows | json_values).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
-       | st.lists(almost_rows).map(lambda rows: json.dumps(rows).encode()))
+@given(
+    st.binary()
+    | st.lists(almost_rows | json_values).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
+    | st.lists(almost_rows).map(lambda rows: json.dumps(rows).encode())
+)
 def test_any_bytes_give_records_or_reasons(tmp_path_factory, content):
     settings = SimpleNamespace(PROMPTS=ic.PROMPTS, CLASS_NAMES=ic.CLASS_NAMES)
     path = tmp_path_factory.mktemp("fuzz") / "rows.json"
@@ -145,7 +184,14 @@ def test_pictures_load_as_a_viewer_shows_them(tmp_path):
     grey.save(tmp_path / "grey.jpeg", quality=100)
     assert close(tmp_path / "grey.jpeg", grey.convert("RGB"))
     deep = Image.new("I;16", grey.size)
-    deep.putdata([value * 257 for value in list(grey.get_flattened_data() if hasattr(grey, "get_flattened_data") else grey.getdata())])
+    deep.putdata(
+        [
+            value * 257
+            for value in list(
+                grey.get_flattened_data() if hasattr(grey, "get_flattened_data") else grey.getdata()
+            )
+        ]
+    )
     deep.save(tmp_path / "deep.png")
     assert close(tmp_path / "deep.png", grey.convert("RGB"), 1)
     half = original.convert("RGBA")
@@ -157,7 +203,9 @@ def test_pictures_load_as_a_viewer_shows_them(tmp_path):
     exif[0x0112] = 6  # the camera was turned: show it turned back by 90 degrees
     wide = photo((160, 100))
     wide.save(tmp_path / "turned.jpeg", exif=exif, quality=100, subsampling=0)
-    assert close(tmp_path / "turned.jpeg", ImageOps.exif_transpose(Image.open(tmp_path / "turned.jpeg")).convert("RGB"))
+    assert close(
+        tmp_path / "turned.jpeg", ImageOps.exif_transpose(Image.open(tmp_path / "turned.jpeg")).convert("RGB")
+    )
     assert close(tmp_path / "turned.jpeg", wide.transpose(Image.Transpose.ROTATE_270))
 
 
@@ -187,13 +235,16 @@ def test_bad_pictures_are_left_out_listed_and_counted(tmp_path, dataset, cache):
         assert "18 rows used, 6 left out" in output
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"IMAGE_PATH": "nowhere"}, ["IMAGE_PATH", "nowhere"]),
-    ({"JSON_PATH": "nowhere/{split}.json"}, ["JSON_PATH", "nowhere/train.json"]),
-    ({"IMAGE_PATH": "."}, ["images/train/", "IMAGE_PATH", "24 of 24"]),
-    ({"MODEL": "ViT-Z"}, ["MODEL", "ViT-Z", "ViT-B/32"]),
-    ({"MODEL": "garbage.pt"}, ["MODEL", "garbage.pt"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"IMAGE_PATH": "nowhere"}, ["IMAGE_PATH", "nowhere"]),
+        ({"JSON_PATH": "nowhere/{split}.json"}, ["JSON_PATH", "nowhere/train.json"]),
+        ({"IMAGE_PATH": "."}, ["images/train/", "IMAGE_PATH", "24 of 24"]),
+        ({"MODEL": "ViT-Z"}, ["MODEL", "ViT-Z", "ViT-B/32"]),
+        ({"MODEL": "garbage.pt"}, ["MODEL", "garbage.pt"]),
+    ],
+)
 def test_mistakes_stop_the_run_with_one_line(tmp_path, dataset, change, words):
     (tmp_path / "garbage.pt").write_bytes(b"PK\x03\x04 garbage" * 99)
     output = run_script(tmp_path, code=1, **quick(dataset) | change)
@@ -288,12 +339,15 @@ def test_spawned_workers_decode(tmp_path, dataset):
         "    settings.CACHE_PATH = ''\n"
         "    data, _ = ic.load_split('train', settings.JSON_PATH.replace('{split}', 'train'), settings, 64, 1)\n"
         "    pixels, tokens, rows = next(iter(torch.utils.data.DataLoader(data, 24, num_workers=1)))\n"
-        "    assert pixels.shape == (24, 3, 64, 64) and rows.tolist() == list(range(24))\n")
+        "    assert pixels.shape == (24, 3, 64, 64) and rows.tolist() == list(range(24))\n"
+    )
     subprocess.run([sys.executable, "spawn.py"], cwd=tmp_path, check=True, env=environment())
 
 
 def test_91166_rows_are_read_and_their_pictures_numbered(tmp_path, settings):
     """Size only: the time is measured by the benchmark."""
-    write_rows(tmp_path / "rows.json", [row(f"Saree {i % 7000}", f"images/train/{i}.jpeg") for i in range(91_166)])
+    write_rows(
+        tmp_path / "rows.json", [row(f"Saree {i % 7000}", f"images/train/{i}.jpeg") for i in range(91_166)]
+    )
     records, skipped = ic.read_records(tmp_path / "rows.json", settings)
     assert len(records) == 91_166 and not skipped

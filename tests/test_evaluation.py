@@ -23,12 +23,18 @@ def test_recall_counts_captions(rows, captions):
     generator = torch.Generator().manual_seed(rows)
     images = F.normalize(torch.randn(rows, 8, generator=generator), dim=-1)
     texts = F.normalize(torch.randn(captions, 8, generator=generator), dim=-1)
-    ids = torch.cat([torch.arange(captions), torch.randint(captions, (rows - captions,), generator=generator)])
+    ids = torch.cat(
+        [torch.arange(captions), torch.randint(captions, (rows - captions,), generator=generator)]
+    )
     found = ic.retrieval_recall(images, texts, ids)
     pictures_of = [{i for i, own in enumerate(ids.tolist()) if own == caption} for caption in range(captions)]
     for k in (1, 5, 10):
-        assert found[f"image_to_text_r{k}"] == pytest.approx(brute_force_recall(images @ texts.T, [{i} for i in ids.tolist()], k))
-        assert found[f"text_to_image_r{k}"] == pytest.approx(brute_force_recall(texts @ images.T, pictures_of, k))
+        assert found[f"image_to_text_r{k}"] == pytest.approx(
+            brute_force_recall(images @ texts.T, [{i} for i in ids.tolist()], k)
+        )
+        assert found[f"text_to_image_r{k}"] == pytest.approx(
+            brute_force_recall(texts @ images.T, pictures_of, k)
+        )
 
 
 def test_class_metrics_against_counting():

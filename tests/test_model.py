@@ -38,15 +38,21 @@ def test_the_forward_equals_clips_own_and_so_does_every_gradient():
     model = grown(tiny_model())
     torch.manual_seed(2)
     images, ids = torch.rand(6, 3, 64, 64), torch.arange(6)
-    tokens, _ = ic.tokenize(["saree", "a very long title " * 12, "red", "blue silk saree", "men's kurta", "word " * 99])
+    tokens, _ = ic.tokenize(
+        ["saree", "a very long title " * 12, "red", "blue silk saree", "men's kurta", "word " * 99]
+    )
 
     def loss(image_features, text_features):
         return ic.clip_loss(image_features, text_features, model.logit_scale, ids)
 
-    plain = loss(F.normalize(model.encode_image((images - model.mean) / model.std), dim=-1),
-                 F.normalize(model.encode_text(tokens), dim=-1))
+    plain = loss(
+        F.normalize(model.encode_image((images - model.mean) / model.std), dim=-1),
+        F.normalize(model.encode_text(tokens), dim=-1),
+    )
     expected = gradients(model, plain)
-    fast = loss(ic.encode_images(model, images, torch.float32), ic.encode_captions(model, tokens, torch.float32))
+    fast = loss(
+        ic.encode_images(model, images, torch.float32), ic.encode_captions(model, tokens, torch.float32)
+    )
     found = gradients(model, fast)
     assert abs(fast.item() - plain.item()) <= 1e-5 * plain.item()
     assert max(relative(found[name], expected[name]) for name in expected) <= 1e-5
@@ -78,7 +84,9 @@ def save_archive(model, path):
         model.register_buffer(name, torch.tensor(value))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(model, (torch.rand(1, 3, 64, 64), torch.ones(1, 77, dtype=torch.int32)), check_trace=False)
+        traced = torch.jit.trace(
+            model, (torch.rand(1, 3, 64, 64), torch.ones(1, 77, dtype=torch.int32)), check_trace=False
+        )
         torch.jit.save(traced, path)
 
 
@@ -120,13 +128,16 @@ def test_a_name_is_loaded_by_clip(monkeypatch):
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name, make, words", [
-    ("no/such.pt", None, "no such file"),
-    ("ViT-Z/99", None, "ViT-B/32"),
-    ("cut.pt", lambda whole: whole[: len(whole) // 2], "cannot load"),
-    ("empty.pt", lambda whole: b"", "cannot load"),
-    ("text.pt", lambda whole: b"<html>404</html>", "cannot load"),
-])
+@pytest.mark.parametrize(
+    "name, make, words",
+    [
+        ("no/such.pt", None, "no such file"),
+        ("ViT-Z/99", None, "ViT-B/32"),
+        ("cut.pt", lambda whole: whole[: len(whole) // 2], "cannot load"),
+        ("empty.pt", lambda whole: b"", "cannot load"),
+        ("text.pt", lambda whole: b"<html>404</html>", "cannot load"),
+    ],
+)
 def test_weights_that_cannot_be_had_are_one_clear_line(tmp_path, name, make, words):
     torch.save(tiny_model().state_dict(), tmp_path / "whole.pt")
     path = name
@@ -147,6 +158,7 @@ def test_foreign_weights_are_one_clear_line(tmp_path):
 def test_a_download_that_fails_is_one_clear_line(monkeypatch):
     def fail(name, device):
         raise urllib.error.URLError("Name or service not known")
+
     monkeypatch.setattr(clip, "load", fail)
     with pytest.raises(ic.Stop, match="MODEL.*ViT-B/32.*internet"):
         ic.load_clip("ViT-B/32", CPU)
@@ -154,12 +166,16 @@ def test_a_download_that_fails_is_one_clear_line(monkeypatch):
 
 @pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float16)])
 def test_precision_on_a_gpu_never_trusts_emulation(monkeypatch, native, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native
+    )
     assert ic.choose_precision(torch.device("cuda")) == expected
 
 
-@pytest.mark.parametrize("amx, avx, expected", [(True, False, torch.bfloat16), (False, True, torch.bfloat16),
-                                                (False, False, torch.float32)])
+@pytest.mark.parametrize(
+    "amx, avx, expected",
+    [(True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)],
+)
 def test_precision_on_a_cpu_follows_its_instructions(monkeypatch, amx, avx, expected):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)

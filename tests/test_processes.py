@@ -37,9 +37,14 @@ def train_steps(path):
 def torchrun(script, processes, *arguments, **variables):
     """The script's output, run by so many processes; one runs it plainly."""
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    done = subprocess.run([sys.executable, *(launch if processes > 1 else []), str(script), *map(str, arguments)],
-                          cwd=script.parent, capture_output=True, text=True, timeout=200,
-                          env=environment(PYTHONPATH=os.pathsep.join(sys.path)) | variables)
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), str(script), *map(str, arguments)],
+        cwd=script.parent,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment(PYTHONPATH=os.pathsep.join(sys.path)) | variables,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,7 +66,9 @@ def test_steps_of_several_processes_are_those_of_one(by_processes, count):
         assert several["losses"][step] == pytest.approx(one["losses"][step], rel=1e-5, abs=1e-7)
         for name in expected if step == 0 else ():  # before the weights have drifted by rounding
             assert relative(found[name], expected[name]) <= 1e-5, (step, name)
-    assert all(torch.allclose(several["weights"][n], one["weights"][n], rtol=1e-4, atol=1e-4) for n in one["weights"])
+    assert all(
+        torch.allclose(several["weights"][n], one["weights"][n], rtol=1e-4, atol=1e-4) for n in one["weights"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +77,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     make_dataset(folder / "data", train=25, val=7, test=10)
     for count in (1, 2):
-        output = run_script(folder / str(count), processes=count - 1 and count, **quick(folder / "data", CHUNK_SIZE=3))
+        output = run_script(
+            folder / str(count), processes=count - 1 and count, **quick(folder / "data", CHUNK_SIZE=3)
+        )
         assert output.count("epoch  split") == 1
     return folder
 
@@ -81,7 +90,9 @@ def test_a_run_of_several_processes_is_that_of_one(runs):
     for expected, found in zip(one, several):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            assert found[name] == (pytest.approx(value, rel=2e-2) if "loss" in name else value) or "_r" in name, name
+            assert (
+                found[name] == (pytest.approx(value, rel=2e-2) if "loss" in name else value) or "_r" in name
+            ), name
 
 
 METRICS = """
@@ -114,7 +125,9 @@ def metrics(tmp_path_factory):
 def test_metrics_of_several_processes_equal_those_of_one(metrics, count):
     for one, several in zip(metrics[1], metrics[count]):
         for name in one.keys() - {"seconds", "pairs_per_second"}:
-            assert several[name] == (pytest.approx(one[name], rel=1e-5) if name == "loss" else one[name]), name
+            assert several[name] == (pytest.approx(one[name], rel=1e-5) if name == "loss" else one[name]), (
+                name
+            )
 
 
 def test_a_process_that_fails_ends_all_with_its_error(tmp_path, dataset):
@@ -126,7 +139,8 @@ def test_a_process_that_fails_ends_all_with_its_error(tmp_path, dataset):
         "    calls.append(1)\n"
         "    assert ic.rank() != 1 or len(calls) < 3, 'broken on purpose'\n"
         "    return real(*arguments)\n"
-        "ic.train_step = broken\nic.main()\n")
+        "ic.train_step = broken\nic.main()\n"
+    )
     with pytest.raises(AssertionError, match="broken on purpose"):
         torchrun(tmp_path / "fails.py", 2, PYTHONPATH=str(tmp_path))
 

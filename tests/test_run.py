@@ -4,13 +4,37 @@ import json
 
 import pytest
 import torch
-from conftest import (ROOT, edited_script, environment, make_dataset, quick, read_metrics, read_skipped,
-                      run_inside, run_script, same_weights, tiny_model, weights)
+from conftest import (
+    ROOT,
+    edited_script,
+    make_dataset,
+    quick,
+    read_metrics,
+    read_skipped,
+    run_inside,
+    run_script,
+    same_weights,
+    tiny_model,
+    weights,
+)
 
 import indofashion_clip as ic
 
-FIELDS = {"epoch", "split", "loss", "accuracy", "macro_f1", "image_to_text_r1", "image_to_text_r5", "image_to_text_r10",
-          "text_to_image_r1", "text_to_image_r5", "text_to_image_r10", "seconds", "pairs_per_second"}
+FIELDS = {
+    "epoch",
+    "split",
+    "loss",
+    "accuracy",
+    "macro_f1",
+    "image_to_text_r1",
+    "image_to_text_r5",
+    "image_to_text_r10",
+    "text_to_image_r1",
+    "text_to_image_r5",
+    "text_to_image_r10",
+    "seconds",
+    "pairs_per_second",
+}
 
 
 def test_the_outputs(tmp_path, dataset):
@@ -19,8 +43,12 @@ def test_the_outputs(tmp_path, dataset):
     assert [(line["epoch"], line["split"]) for line in lines[:-1]] == [(0, "val"), (1, "val"), (2, "val")]
     assert lines[-1]["split"] == "test"
     for line in lines:
-        assert FIELDS <= line.keys() and all(0 <= line[name] <= 1 for name in FIELDS if "_r" in name[-4:] or name in ("accuracy", "macro_f1"))
-    best = max(lines[:-1], key=lambda line: line["accuracy"] + line["image_to_text_r5"] + line["text_to_image_r5"])
+        assert FIELDS <= line.keys() and all(
+            0 <= line[name] <= 1 for name in FIELDS if "_r" in name[-4:] or name in ("accuracy", "macro_f1")
+        )
+    best = max(
+        lines[:-1], key=lambda line: line["accuracy"] + line["image_to_text_r5"] + line["text_to_image_r5"]
+    )
     assert lines[-1]["epoch"] == best["epoch"]
     assert read_skipped(tmp_path) == []
     state = weights(tmp_path / "outputs/best.pt")
@@ -35,6 +63,7 @@ def test_importing_does_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     edited_script(tmp_path)
     import runpy
+
     runpy.run_path("indofashion_clip.py", run_name="not_main")
     assert capsys.readouterr().out == "" and [p.name for p in tmp_path.iterdir()] == ["indofashion_clip.py"]
 
@@ -59,7 +88,10 @@ def test_weights_of_one_run_start_another(tmp_path, dataset):
     run_script(tmp_path / "first", **quick(dataset))
     best = str(tmp_path / "first/outputs/best.pt")
     run_script(tmp_path / "second", **quick(dataset, MODEL=best, NUM_EPOCHS=1))
-    first, second = read_metrics(tmp_path / "first", times=False), read_metrics(tmp_path / "second", times=False)
+    first, second = (
+        read_metrics(tmp_path / "first", times=False),
+        read_metrics(tmp_path / "second", times=False),
+    )
     before = second[0]
     [same] = [line for line in first if line["epoch"] == first[-1]["epoch"] and line["split"] == "val"]
     assert before["accuracy"] == same["accuracy"] and before["loss"] == pytest.approx(same["loss"], rel=1e-4)

@@ -20,8 +20,12 @@ def test_the_generator_rewrites_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         subprocess.run([sys.executable, ROOT / "data/make_sample.py", tmp_path / name], check=True)
     files = sorted(path.relative_to(SAMPLE) for path in SAMPLE.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
-    [drawn_with] = re.findall(r"Pillow (\d[\d.]*\d)", (ROOT / "data/make_sample.py").read_text(encoding="utf-8"))
+    assert files == sorted(
+        path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()
+    )
+    [drawn_with] = re.findall(
+        r"Pillow (\d[\d.]*\d)", (ROOT / "data/make_sample.py").read_text(encoding="utf-8")
+    )
     for file in files:
         again = (tmp_path / "one" / file).read_bytes()
         assert again == (tmp_path / "two" / file).read_bytes()

@@ -20,7 +20,9 @@ def test_loss_by_hand():
         return math.log(sum(map(math.exp, row))) - row[target]
 
     by_image = (cross_entropy(logits[0], 0) + cross_entropy(logits[1], 1)) / 2
-    by_text = (cross_entropy([logits[0][0], logits[1][0]], 0) + cross_entropy([logits[0][1], logits[1][1]], 1)) / 2
+    by_text = (
+        cross_entropy([logits[0][0], logits[1][0]], 0) + cross_entropy([logits[0][1], logits[1][1]], 1)
+    ) / 2
     loss = ic.clip_loss(image_features, text_features, torch.tensor(2.0).log(), torch.tensor([0, 1]))
     assert loss.item() == pytest.approx((by_image + by_text) / 2, rel=1e-6)
 
@@ -34,7 +36,9 @@ def test_loss_of_distinct_captions_is_plain_cross_entropy():
     images, texts = random_features(9)
     logits, targets = 5 * images @ texts.T, torch.arange(9)
     expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-    assert ic.clip_loss(images, texts, torch.tensor(5.0).log(), targets + 40).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert ic.clip_loss(images, texts, torch.tensor(5.0).log(), targets + 40).item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
 
 
 def test_pairs_of_one_caption_are_positives_of_each_other():
@@ -54,7 +58,9 @@ def test_the_schedule():
     rates = [ic.learning_rate(step, 100, 10, 2.0) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(1.0) and rates[99] > 0 and rates[100] == pytest.approx(0, abs=1e-12)
-    assert all(a < b for a, b in zip(rates[:9], rates[1:])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a < b for a, b in zip(rates[:9], rates[1:])) and all(
+        a > b for a, b in zip(rates[10:], rates[11:])
+    )
 
 
 def test_no_decay_on_norms_biases_and_logit_scale():
@@ -64,7 +70,10 @@ def test_no_decay_on_norms_biases_and_logit_scale():
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
     free = {names[id(p)] for p in plain["params"]}
     assert {"logit_scale", "ln_final.weight", "visual.class_embedding", "visual.ln_post.bias"} <= free
-    assert all("ln_" in name or name.endswith("bias") or name in ("logit_scale", "visual.class_embedding") for name in free)
+    assert all(
+        "ln_" in name or name.endswith("bias") or name in ("logit_scale", "visual.class_embedding")
+        for name in free
+    )
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
@@ -76,21 +85,30 @@ def test_augment():
     assert torch.allclose(ic.augment(images, still, 1.0), images.flip(-1), atol=1e-5)
     corner = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(3, 4)  # the smallest crop, at the top left
     expected = F.interpolate(images[:, :, :8, :8], size=16, mode="bilinear")
-    assert torch.allclose(ic.augment(images, corner, 0.5)[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1], atol=1e-5)
+    assert torch.allclose(
+        ic.augment(images, corner, 0.5)[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1], atol=1e-5
+    )
 
 
 def make_run(model, chunk, precision=torch.float32, scaler=None, **changes):
     settings = SimpleNamespace(SEED=0, MIN_CROP=0.9, MAX_GRAD_NORM=1.0, **changes)
-    return SimpleNamespace(model=model, settings=settings, precision=precision, chunk=chunk,
-                           optimizer=ic.make_optimizer(model, 0.1),
-                           scaler=scaler or torch.amp.GradScaler("cpu", enabled=False))
+    return SimpleNamespace(
+        model=model,
+        settings=settings,
+        precision=precision,
+        chunk=chunk,
+        optimizer=ic.make_optimizer(model, 0.1),
+        scaler=scaler or torch.amp.GradScaler("cpu", enabled=False),
+    )
 
 
 def batch_of(count, seed=0):
     """Pixels and tokens of `count` pairs, a third of the captions said twice."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=generator)
-    tokens, _ = ic.tokenize([f"saree number {i % max(1, count * 2 // 3)}" + " long" * (i % 5) for i in range(count)])
+    tokens, _ = ic.tokenize(
+        [f"saree number {i % max(1, count * 2 // 3)}" + " long" * (i % 5) for i in range(count)]
+    )
     return pixels, tokens
 
 
@@ -150,14 +168,18 @@ def test_gradients_are_clipped(monkeypatch):
     run = make_run(tiny_model(), 99)
     run.settings.MAX_GRAD_NORM = 1e-3
     ic.train_step(run, *batch_of(4), 4, 0)
-    assert torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item() == pytest.approx(
+        1e-3, rel=1e-3
+    )
 
 
 def test_fp16_with_a_grad_scaler_gives_the_same_step():
     """The scaler multiplies the loss; the step has to come out as if it had not."""
-    scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0)
+    torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0)
     for chunk in (3, 11):
-        losses, found, _, _ = steps(chunk, scaler=torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0))
+        losses, found, _, _ = steps(
+            chunk, scaler=torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0)
+        )
         loss, expected = plain_step()
         assert losses[0] == pytest.approx(loss, rel=1e-5)
         assert max(relative(found[name], expected[name]) for name in expected) <= 1e-4
@@ -182,15 +204,30 @@ def failing(function, calls):
         if next(count) in calls:
             raise torch.OutOfMemoryError("simulated")
         return function(*arguments)
+
     return call
 
 
-@pytest.mark.parametrize("chunk, where, calls", [
-    (11, "encode_images", {0}), (11, "encode_captions", {0}), (11, "clip_loss", {0}), (11, "clip_loss", {0, 1}),
-    (11, "augment", {0, 1}), (11, "backward", {0}), (11, "backward", {1}), (11, "backward", {1, 3}),
-    (4, "encode_images", {1}), (4, "encode_images", {4}), (4, "encode_captions", {1}), (4, "encode_captions", {3}),
-    (4, "clip_loss", {0}), (4, "backward", {0}), (4, "backward", {2, 3}),
-])
+@pytest.mark.parametrize(
+    "chunk, where, calls",
+    [
+        (11, "encode_images", {0}),
+        (11, "encode_captions", {0}),
+        (11, "clip_loss", {0}),
+        (11, "clip_loss", {0, 1}),
+        (11, "augment", {0, 1}),
+        (11, "backward", {0}),
+        (11, "backward", {1}),
+        (11, "backward", {1, 3}),
+        (4, "encode_images", {1}),
+        (4, "encode_images", {4}),
+        (4, "encode_captions", {1}),
+        (4, "encode_captions", {3}),
+        (4, "clip_loss", {0}),
+        (4, "backward", {0}),
+        (4, "backward", {2, 3}),
+    ],
+)
 def test_out_of_memory_anywhere_leaves_the_step_as_it_is(monkeypatch, capsys, chunk, where, calls):
     _, expected, _, _ = steps(chunk)
     if where == "backward":
