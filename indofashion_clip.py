@@ -671,22 +671,22 @@ def train_step(run, pixels, tokens, batch_size, total_step):
                 (graph if graph.grad_fn else tower(rows)).backward(gradient[rows])
         return loss.detach()
     loss = halving(backward, run)
-    sum_gradients(model)
-    run.scaler.unscale_(run.optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), run.settings.MAX_GRAD_NORM)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    with torch.no_grad():
-        model.logit_scale.clamp_(max=math.log(100))  # as the CLIP paper does, for stability
+    update_weights(run)
     return loss
 
-def sum_gradients(model):
-    """Add up the parameters' gradients over the processes; logit_scale's is whole on each."""
-    for name, parameter in model.named_parameters() if world_size() > 1 else ():
+def update_weights(run):
+    """Sum the gradients over the processes (logit_scale's is whole on each), clip, and step."""
+    for name, parameter in run.model.named_parameters() if world_size() > 1 else ():
         if name != "logit_scale":
             if parameter.grad is None:  # this process had no row
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
+    run.scaler.unscale_(run.optimizer)
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.MAX_GRAD_NORM)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    with torch.no_grad():
+        run.model.logit_scale.clamp_(max=math.log(100))  # as the CLIP paper does, for stability
 
 # ---- Evaluation --------------------------------------------------------------------------------
 def class_metrics(confusion):

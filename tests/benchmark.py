@@ -208,14 +208,21 @@ def steps_table():
 
 PEAK = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
-import resource, benchmark as b, indofashion_clip as ic
+import benchmark as b
 pixels, tokens = b.random_batch({batch})
 step = {maker}(pixels, tokens)
 if {chunk}: step.__closure__[[i for i, n in enumerate(step.__code__.co_freevars) if n == "run"][0]].cell_contents.chunk = {chunk}
 step(); times = [b.synchronised(step) for _ in range({rounds})]
-peak = b.torch.cuda.max_memory_allocated() if b.DEVICE.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(peak, b.statistics.median(times))
+print(b.peak_bytes(), b.statistics.median(times))
 """
+
+
+def peak_bytes():
+    """The GPU's peak, or this process's; not ru_maxrss, which a process takes over from its parent."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def peak(maker, batch, chunk=0, rounds=2):
@@ -264,8 +271,8 @@ def write_dataset(folder, rows):
 
 
 START = """
-import sys; sys.path.insert(0, {root!r})
-import os, resource, time, torch, indofashion_clip as ic
+import sys; sys.path[:0] = [{tests!r}, {root!r}]
+import os, time, torch, benchmark as b, indofashion_clip as ic
 start = time.perf_counter()
 settings = ic.read_settings()
 vars(settings).update(IMAGE_PATH={data!r}, JSON_PATH={data!r} + "/{{split}}_data.json", OUTPUT_PATH={data!r}, CACHE_PATH={data!r} + "/cache")
@@ -274,12 +281,13 @@ splits = ic.load_splits(settings, {resolution}, os.cpu_count())
 data, batches = ic.epoch_batches(splits["train"], settings, 1)
 run = SimpleNamespace(num_workers=0, model=SimpleNamespace(mean=torch.zeros(1)))
 next(iter(ic.load_batches(run, data, batches)))
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+seconds = time.perf_counter() - start
+print(seconds, b.peak_bytes())
 """
 
 
 def start(folder, resolution):
-    script = START.format(root=str(ROOT), data=str(folder), resolution=resolution)
+    script = START.format(tests=str(ROOT / "tests"), root=str(ROOT), data=str(folder), resolution=resolution)
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     return tuple(map(float, output.split()[-2:]))
 
