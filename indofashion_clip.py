@@ -326,27 +326,29 @@ def cache_pictures(paths, resolution, pixel_path, num_workers):
         with suppress(OSError, ValueError):
             status = os.stat(path)
             made_from.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-    with suppress(OSError, ValueError), open(pixel_path, "rb") as file:
-        file.seek(math.prod(shape))
-        key, reasons = json.load(file)
-        bad = dict(reasons) if key == made_from.hexdigest() else None
-    if None in everyone(bad):
-        first = local_rank() == 0
-        with replacing(pixel_path) if first else nullcontext(f"{pixel_path}.tmp") as temporary:
-            if first:
-                reserve(temporary, math.prod(shape))
-            everyone("the file is there")
-            bad = decode_pictures(paths, temporary, shape, num_workers)
-            if first:
-                with open(temporary, "ab") as file:
-                    file.write(json.dumps([made_from.hexdigest(), list(bad.items())]).encode())
-        everyone("the file is whole")
+    os.makedirs(os.path.dirname(pixel_path), exist_ok=True)
+    first = local_rank() == 0
+    with FileLock(f"{pixel_path}.lock") if first else nullcontext():  # another run may be making it
+        everyone("the file is ours")
+        with suppress(OSError, ValueError), open(pixel_path, "rb") as file:
+            file.seek(math.prod(shape))
+            key, reasons = json.load(file)
+            bad = dict(reasons) if key == made_from.hexdigest() else None
+        if None in everyone(bad):
+            with replacing(pixel_path) if first else nullcontext(f"{pixel_path}.tmp") as temporary:
+                if first:
+                    reserve(temporary, math.prod(shape))
+                everyone("the file is there")
+                bad = decode_pictures(paths, temporary, shape, num_workers)
+                if first:
+                    with open(temporary, "ab") as file:
+                        file.write(json.dumps([made_from.hexdigest(), list(bad.items())]).encode())
+            everyone("the file is whole")
     return map_pixels(pixel_path, shape), bad
 
 def reserve(path, size):
     """Make a file of that many bytes, on disk space of its own where the system can do that."""
     folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
     if size > (free := shutil.disk_usage(folder).free):
         raise Stop(f"CACHE_PATH: {folder} needs {size / 1e9:.1f} GB for decoded pictures and has "
                    f"{free / 1e9:.1f}. Free some, choose another folder, or \"\" for no cache")

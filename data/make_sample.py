@@ -411,12 +411,13 @@ def draw(label, rng):
     """One picture of the class, and the words that its title is made of."""
     colour_name = rng.choice(list(COLOURS))
     accent_name = rng.choice([name for name in COLOURS if name != colour_name] + ["Gold-Toned"] * 12)
-    pattern, fabric = rng.choice(PATTERNS), rng.choice(FABRICS)
+    pattern = "Solid" if rng.random() < 0.4 else rng.choice(PATTERNS)
+    fabric = rng.choice(FABRICS)
     colour = tuple(min(255, max(0, value + rng.randint(-12, 12))) for value in COLOURS[colour_name])
     accent, dark = COLOURS.get(accent_name, GOLD), shade(colour, 0.72 if sum(colour) > 150 else 1.9)
     background = (
         shade((255, 255, 255), rng.uniform(0.86, 1.0))
-        if rng.random() < 0.6
+        if rng.random() < 0.75
         else tuple(rng.randint(185, 245) for _ in range(3))
     )
     if sum(abs(a - b) for a, b in zip(colour, background)) < 70:
