@@ -548,7 +548,8 @@ def encode_text(model, tokens):
     def attend(packed):
         padded = packed.new_zeros(inside.numel(), packed.shape[1]).index_copy(0, slots, packed)
         return attention(padded, len(tokens), model.transformer.width // 64, causal=True)[slots]
-    embedded = model.token_embedding(words) + model.positional_embedding[slots % longest]
+    places = F.embedding(slots % longest, model.positional_embedding)  # indexing adds up gradients
+    embedded = model.token_embedding(words) + places  # in any order, which is not reproducible
     read = run_blocks(model.transformer, embedded, attend, end)
     return layer_norm(read, model.ln_final) @ model.text_projection
 
@@ -663,7 +664,7 @@ def train_step(run, pixels, tokens, batch_size, total_step):
         graphs, features[:] = list(features), [f.detach() for f in features]  # a retry has none
         leaves = [f.clone().requires_grad_() for f in features]
         image_features, text_features = images.clone(), texts.clone()  # the others' are constants
-        image_features[mine], text_features[mine] = leaves[0], leaves[1][which]
+        image_features[mine], text_features[mine] = leaves[0], F.embedding(which, leaves[1])
         loss = clip_loss(image_features, text_features, model.logit_scale, caption_ids)
         gradients = torch.autograd.grad(run.scaler.scale(loss), [*leaves, model.logit_scale])
         run.optimizer.zero_grad()
