@@ -14,12 +14,15 @@ import html
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import zip_longest
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -27,6 +30,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
@@ -107,6 +112,9 @@ def world_size():
 
 def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
+
+def local_world_size():
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 def my_share():
     """The slice of any rows that is this process's: rank, rank + world size, …"""
@@ -300,7 +308,7 @@ def decode_batch(rows_and_paths, pixel_path, shape):
 
 def decode_pictures(paths, pixel_path, shape, num_workers):
     """Decode all pictures, shared out over a machine's processes → {row: reason} of the bad."""
-    mine = list(enumerate(paths))[local_rank() :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
+    mine = list(enumerate(paths))[local_rank() :: local_world_size()]
     decode = functools.partial(decode_batch, pixel_path=pixel_path, shape=shape)
     pool = DataLoader(mine, 32, num_workers=num_workers, collate_fn=decode,
                       worker_init_fn=leave_signals)
@@ -553,6 +561,10 @@ def encode_text(model, tokens):
     read = run_blocks(model.transformer, embedded, attend, end)
     return layer_norm(read, model.ln_final) @ model.text_projection
 
+def to_images(pixels, device):
+    """uint8 → float32 in 0..1, on the device."""
+    return pixels.to(device, non_blocking=True).float().div(255)
+
 def encode_images(model, images, precision):
     """Images float32 [B, 3, R, R] in 0..1 → image_features float32 [B, D] of length 1."""
     images = (images - model.mean) / model.std
@@ -653,8 +665,7 @@ def train_step(run, pixels, tokens, batch_size, total_step):
     captions, which = tokens.unique(dim=0, return_inverse=True)  # each distinct caption once
     caption_ids, which = (ids.to(device, non_blocking=True) for ids in (caption_ids, which))
     def encode_pictures(rows):
-        images = pixels[rows].to(device, non_blocking=True).float().div(255)
-        images = augment(images, draws[rows], run.settings.MIN_CROP)
+        images = augment(to_images(pixels[rows], device), draws[rows], run.settings.MIN_CROP)
         return encode_images(model, images, run.precision)
     towers = [(len(pixels), encode_pictures),
               (len(captions), lambda rows: encode_captions(model, captions[rows], run.precision))]
@@ -730,8 +741,7 @@ def encode_split(run, dataset, texts):
     loader = load_batches(run, dataset, (share if len(share) else every_row[:1]).split(256))
     for pixels, _, rows in loader:
         def encode_pictures(part):
-            images = pixels[part].to(device, non_blocking=True).float().div(255)
-            return encode_images(model, images, run.precision)
+            return encode_images(model, to_images(pixels[part], device), run.precision)
         features += encode_in_chunks(run, [(len(rows), encode_pictures)])
         rows_read.append(rows)
     image_features, rows = (torch.cat(parts)[: len(share)] for parts in (features, rows_read))
@@ -740,8 +750,24 @@ def encode_split(run, dataset, texts):
     return (gather_rows(image_features, len(dataset)), gather_rows(text_features, len(texts)),
             gather_rows(rows[:, None], len(dataset))[:, 0])
 
+def rows_to_search(dataset, seed, count=8):
+    """Rows of different captions, of all classes in turns, those that have a title first."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    by_class, distinct = {}, {}
+    for row in sorted(order, key=lambda row: not dataset.records[row].titled):
+        by_class.setdefault(dataset.records[row].class_label, []).append(row)
+    for turn in zip_longest(*by_class.values()):
+        for row in turn:
+            if row is not None:
+                distinct.setdefault(dataset.records[row].caption, row)
+    return list(distinct.values())[:count]
+
 def evaluate(run, dataset):
-    """Zero-shot classification and retrieval on a split → (metrics, confusion [K, K])."""
+    """Zero-shot classification and retrieval on a split → (metrics, view), the latter for pictures:
+
+    "confusion" [K, K]: rows by true and predicted class; "searched" [S]: rows whose captions were
+    searched for, and "found" [S, 5]: the rows of the nearest pictures.
+    """
     start, settings, labels = time.perf_counter(), run.settings, run.class_labels
     prompts, _ = tokenize([prompt for label in labels for prompt in class_prompts(label, settings)])
     captions = dataset.tokens[: len(dataset.captions)]
@@ -764,11 +790,114 @@ def evaluate(run, dataset):
     metrics = {"loss": loss, "accuracy": accuracy.item(), "macro_f1": macro_f1.item()}
     metrics |= retrieval_recall(image_features, text_features, caption_ids)
     seconds = time.perf_counter() - start
-    return metrics | {"seconds": seconds, "pairs_per_second": len(rows) / seconds}, confusion
+    searched = torch.tensor(rows_to_search(dataset, settings.SEED))
+    queries = text_features[dataset.caption_ids[searched]]
+    found = rows[(queries @ image_features.T).topk(min(5, len(rows))).indices.cpu()]
+    return (metrics | {"seconds": seconds, "pairs_per_second": len(rows) / seconds},
+            {"confusion": confusion, "searched": searched, "found": found})
 
 def score(metrics):
     """What best.pt is best in: the mean of what people do, classify and search both ways."""
     return (metrics["accuracy"] + metrics["image_to_text_r5"] + metrics["text_to_image_r5"]) / 3
+
+# ---- Pictures ----------------------------------------------------------------------------------
+def drawable(text, width, otherwise):
+    """The text with … for what the font lacks, in two lines at most; the other if it lacks all."""
+    font = get_font(findfont("DejaVu Sans"))
+    known = "".join(c if font.get_char_index(ord(c)) else "…" for c in text)
+    text = re.sub(r"…[…\s]*", "… ", known) if any(map(str.isalnum, known)) else otherwise
+    return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder=" …"))
+
+def save_figure(run, name, figure):
+    with replacing(os.path.join(run.settings.OUTPUT_PATH, name)) as temporary:
+        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight", pad_inches=0.15)
+
+def draw_curves(run):
+    """curves.png: the epochs' lines of metrics.jsonl, and the learning rate."""
+    epochs = [line for line in run.history if line["split"] != "test" and "share" not in line]
+    panels = {"loss": {"train": "train_loss", "val": "loss"},
+              "classes, val": {"accuracy": "accuracy", "macro-F1": "macro_f1"},
+              "retrieval, val": {f"{way.replace('_to_', ' → ')} R@{k}": f"{way}_r{k}"
+                                 for way in ("text_to_image", "image_to_text") for k in (1, 5)}}
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    loss, rate, *shares = figure.subplots(2, 2).flat
+    for panel, (title, lines) in zip([loss, *shares], panels.items()):
+        for name, key in lines.items():
+            points = [(line["epoch"], line[key]) for line in epochs if key in line]
+            if points:
+                panel.plot(*zip(*points), marker=".", label=name)
+        panel.set_visible(bool(panel.lines))  # without val only the first
+        panel.axvline(run.best_epoch, color="grey", linestyle=":", label="best epoch")
+        panel.set_title(title)
+        panel.legend()
+    for panel in shares:
+        panel.set_ylim(-0.03, 1.03)
+    steps = range(run.schedule[0])
+    rate.plot([step / run.steps for step in steps],
+              [learning_rate(step, *run.schedule) for step in steps])
+    rate.set_title("learning rate")
+    for panel in figure.axes:
+        panel.grid(alpha=0.3)
+        panel.locator_params("x", integer=True)
+    figure.supxlabel("epoch (0 is before training)", fontsize=10)
+    save_figure(run, "curves.png", figure)
+
+def draw_confusion(run):
+    """confusion.png: of each class, the percentages taken for each class, before and after."""
+    names = [drawable(name, 30, f"class {i}") for i, name in enumerate(run.class_labels, 1)]
+    side = max(2.5, 0.32 * len(names))  # inches
+    margin = 0.8 + 0.08 * max(len(line) for name in names for line in name.split("\n"))
+    figure = Figure(figsize=(2 * side + margin, side + margin + 0.3), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, when, title in zip(panels, ("before", "best"), ("before training", "after")):
+        confusion = run.views[when]["confusion"]
+        shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+        panel.imshow(shares.numpy(), cmap="Greens", vmin=0, vmax=1)
+        for true, predicted in shares.ge(0.005).nonzero().tolist():
+            share = shares[true, predicted].item()
+            panel.text(predicted, true, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
+                       color="white" if share > 0.5 else "black")
+        panel.set_title(f"{title}: {class_metrics(confusion)[0]:.0%} right")
+        panel.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+        panel.set_yticks(range(len(names)), names, parse_math=False)
+        panel.set_xlabel("predicted")
+    panels[0].set_ylabel("class, and the % of its pictures")
+    save_figure(run, "confusion.png", figure)
+
+def picture_strip(dataset, rows, query):
+    """The rows' pictures side by side, uint8 [H, W, 3], framed where they answer the record."""
+    strip, edge = [], max(2, dataset.resolution // 16)
+    for row in rows:
+        record, pixels = dataset.records[row], dataset[row][0]
+        color = ((20, 130, 50) if record.caption == query.caption else  # the very one
+                 (165, 220, 170) if record.class_label == query.class_label else (255, 255, 255))
+        frame = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1)
+        frame = frame.repeat(1, *(side + 2 * edge for side in pixels.shape[1:]))
+        frame[:, edge:-edge, edge:-edge] = pixels
+        strip.append(F.pad(frame, (0, edge), value=255))
+    return torch.cat(strip, 2).permute(1, 2, 0).numpy()
+
+def draw_retrieval(run, val):
+    """retrieval.png: the pictures found for a few captions, before training and after."""
+    searched = run.views["best"]["searched"].tolist()
+    columns = min(2, len(searched))
+    rows = -(-len(searched) // columns)
+    figure = Figure(figsize=(6.6 * columns, 2.8 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    for panel in axes.flat:
+        panel.set_frame_on(False)
+        panel.set(xticks=[], yticks=[])
+    for i, query in enumerate(val.records[row] for row in searched):
+        place = 2 * (i // columns), i % columns
+        for panel, when in zip(axes[place[0] :, place[1]], ("before", "best")):
+            panel.imshow(picture_strip(val, run.views[when]["found"][i].tolist(), query))
+            panel.set_ylabel("before" if when == "before" else "after")
+        otherwise = class_prompts(query.class_label, run.settings)[0]
+        title = drawable(query.caption, 70, drawable(otherwise, 70, f"caption {i + 1}"))
+        axes[place].set_title(title, loc="left", fontsize=11, parse_math=False)
+    figure.supxlabel("dark frame: the caption's own picture; light: another of its class",
+                     fontsize=10)
+    save_figure(run, "retrieval.png", figure)
 
 # ---- Checkpoints -------------------------------------------------------------------------------
 def new_progress():
@@ -778,7 +907,8 @@ def new_progress():
             "losses": [],  # of those steps; the last are tensors, still on the device
             "history": [],  # the lines of metrics.jsonl
             "best_epoch": None, "best_score": -1.0,
-            "confusions": {},  # on val, "before" training and of the "best" epoch
+            "views": {},  # of val, "before" training and with the "best" weights
+            "best_share": None,  # of best.pt that is not the start's weights, once that is decided
             "finished": False}
 
 def shaping(run):
@@ -796,6 +926,11 @@ def save_run(run):
         for name in ("model", "optimizer", "scaler"):
             state[name] = getattr(run, name).state_dict()
         save(run.last, state | {"settings": shaping(run)})
+
+def save_best(run):
+    """Write best.pt: plain float32 tensors, which clip.load and other tools read."""
+    if rank() == 0:
+        save(run.best, {name: tensor.cpu() for name, tensor in run.model.state_dict().items()})
 
 def resume_run(run):
     """Go on from last.pt, if there is one of the same training."""
@@ -870,53 +1005,64 @@ def load_batches(run, dataset, batches):
                       worker_init_fn=leave_signals)
 
 def train_epoch(run, dataset, bar):
-    """Train from step run.step to the epoch's end, saving every 10 minutes."""
-    settings, saved = run.settings, time.monotonic()
+    """Train from step run.step to the epoch's end, saving every 10 minutes → metrics of it."""
+    settings, first, pairs, saved = run.settings, run.step, 0, time.monotonic()
+    start = after_first = time.perf_counter()
     dataset, batches = epoch_batches(dataset, settings, run.epoch)
-    total_steps, steps_before = settings.NUM_EPOCHS * len(batches), (run.epoch - 1) * len(batches)
-    warmup_steps = max(1, round(settings.WARMUP * total_steps))
-    batches = batches[run.step :]
+    batches = batches[first:]
     shares = [rows[my_share()] if len(rows) > rank() else rows[:1] for rows in batches]
     for rows, (pixels, tokens, _) in zip(batches, load_batches(run, dataset, shares)):
-        total_step = steps_before + run.step
+        total_step = (run.epoch - 1) * run.steps + run.step
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(total_step, total_steps, warmup_steps, settings.LR)
+            group["lr"] = learning_rate(total_step, *run.schedule)
         own = len(rows[my_share()])  # 0 where a last batch has fewer rows than there are processes
         run.losses.append(train_step(run, pixels[:own], tokens[:own], len(rows), total_step))
-        run.step += 1
+        run.step, pairs = run.step + 1, pairs + len(rows)
         bar.update()
         run.interrupts.check()
-        if run.step % 20 == 0:
+        if run.step == first + 1:  # which takes longer than the others
+            after_first = time.perf_counter()
+        if (run.step - first) % 20 == 5:
             require_finite(run)
-            bar.set_postfix(loss=f"{run.losses[-1]:.3f}")
+            show_pace(run, bar, (time.perf_counter() - after_first) / (run.step - first - 1))
         if time.monotonic() > saved + 600:
             save_run(run)
             saved = time.monotonic()
     require_finite(run)
+    return {"train_loss": sum(run.losses) / len(run.losses),
+            "pairs_per_second": pairs / (time.perf_counter() - start)}
+
+def show_pace(run, bar, seconds_per_step):
+    """Loss, pairs/s and the time left for the whole run, in the bar, and once as a line."""
+    epochs_left = run.settings.NUM_EPOCHS - run.epoch + 1
+    steps_left = epochs_left * run.steps - run.step
+    left = seconds_per_step * steps_left + run.evaluation_seconds * epochs_left
+    pace = f"{run.settings.BATCH_SIZE / seconds_per_step:.1f} pairs/s, {tqdm.format_interval(left)}"
+    bar.set_postfix_str(f"loss {run.losses[-1]:.3f}, {pace} left")
+    if not run.pace_said:
+        say(f"       {pace} to go")
+    run.pace_said = True
 
 def train(run, splits, bar):
     """Evaluate, then train and evaluate epoch by epoch, keeping the best weights and the last."""
     say("", "epoch  split     loss  accuracy  macro-F1   image→text R@1, 5, 10   "
         "text→image R@1, 5, 10   pairs/s")
     while run.epoch <= run.settings.NUM_EPOCHS:
-        start, steps_before = time.perf_counter(), run.step
+        start, trained, metrics, view = time.perf_counter(), {}, {}, None
         if run.epoch > 0:
-            train_epoch(run, splits["train"], bar)
-        trained, metrics, confusion = time.perf_counter() - start, None, None
+            trained = train_epoch(run, splits["train"], bar)
         if "val" in splits:
-            metrics, confusion = evaluate(run, splits["val"])
-            if run.epoch > 0:
-                pairs = (run.step - steps_before) * run.settings.BATCH_SIZE
-                metrics |= {"seconds": time.perf_counter() - start,
-                            "pairs_per_second": pairs / trained,
-                            "train_loss": sum(run.losses) / len(run.losses)}
-            log(run, "val", run.epoch, metrics)
-            run.confusions.setdefault("before", confusion)
-        if metrics is None or score(metrics) > run.best_score:
-            run.best_epoch, run.best_score = run.epoch, score(metrics) if metrics else -1.0
-            run.confusions["best"] = confusion
-            if rank() == 0:  # plain float32 tensors, which clip.load reads
-                save(run.best, {name: w.cpu() for name, w in run.model.state_dict().items()})
+            metrics, view = evaluate(run, splits["val"])
+            run.evaluation_seconds = metrics["seconds"]
+            run.views.setdefault("before", view)
+        if trained:
+            metrics |= trained | {"seconds": time.perf_counter() - start}
+        if metrics:
+            log(run, "val" if view else "train", run.epoch, metrics)
+        if not view or score(metrics) > run.best_score:
+            run.best_epoch, run.best_score = run.epoch, score(metrics) if view else -1.0
+            run.views["best"] = view
+            save_best(run)
         run.epoch, run.step, run.losses = run.epoch + 1, 0, []
         save_run(run)
 
@@ -925,14 +1071,37 @@ def log(run, split, epoch, metrics):
     run.history.append({"epoch": epoch, "split": split} | metrics)
     if rank() == 0:
         write_lines(os.path.join(run.settings.OUTPUT_PATH, "metrics.jsonl"), run.history)
+    if split == "train":
+        say(f"{epoch:5}  train {metrics['train_loss']:8.3f} {metrics['pairs_per_second']:77.1f}")
+        return
     say(f"{epoch:5}  {split:5} {metrics['loss']:8.3f} {metrics['accuracy']:9.3f} "
         f"{metrics['macro_f1']:9.3f}   " + "  ".join(
             " ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10)).rjust(22)
             for way in ("image_to_text", "text_to_image")) + f" {metrics['pairs_per_second']:9.1f}")
 
+def mix_with_start(run, val):
+    """Leave the best mixture of the start's weights and best.pt's in the model, by score on val.
+
+    Fine-tuning forgets; a weighted mean of both forgets less and is often better at the new task
+    too (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903).
+    """
+    run.best_share, best = 1.0, torch.load(run.best, map_location="cpu", weights_only=True)
+    if val and run.best_epoch > 0 and run.settings.MODEL != "tiny":  # which starts from nothing
+        start = load_clip(run.settings.MODEL, "cpu").state_dict()
+        def mixed(share):
+            return {name: start[name] + share * (best[name] - start[name]) for name in best}
+        say(f"Mixed with the weights of the start, 0.25, 0.5 and 0.75 of epoch {run.best_epoch}'s:")
+        for share in (0.25, 0.5, 0.75):
+            run.model.load_state_dict(mixed(share))
+            metrics, view = evaluate(run, val)
+            log(run, "val", run.best_epoch, metrics | {"share": share})
+            if score(metrics) > run.best_score:
+                run.best_score, run.best_share, run.views["best"] = score(metrics), share, view
+    run.model.load_state_dict(mixed(run.best_share) if run.best_share < 1 else best)
+
 def class_table(run):
     """Precision, recall and F1 of each class on val, before training → with the best weights."""
-    before, best = (class_metrics(run.confusions[when])[1:] for when in ("before", "best"))
+    before, best = (class_metrics(run.views[when]["confusion"])[1:] for when in ("before", "best"))
     width = max(map(len, run.class_labels))
     lines = [f"{'':{width}}     precision         recall             F1    (val, before → best)"]
     for row, label in enumerate(run.class_labels):
@@ -941,17 +1110,26 @@ def class_table(run):
     return lines
 
 def finish(run, splits):
-    """Evaluate the best weights on test; say how each class fares, and how to use the weights."""
+    """Mix, evaluate the best weights on test, draw, and say how to use the weights."""
     everyone("best.pt is written")
-    run.model.load_state_dict(torch.load(run.best, map_location="cpu", weights_only=True))
+    if run.best_share is None:
+        mix_with_start(run, splits.get("val"))
+        save_run(run)
+    save_best(run)
     if "test" in splits:
         metrics, _ = evaluate(run, splits["test"])
         log(run, "test", run.best_epoch, metrics)
+    if rank() == 0:
+        draw_curves(run)
     if "val" in splits:
+        if rank() == 0:
+            draw_confusion(run)
+            draw_retrieval(run, splits["val"])
         say("", *class_table(run))
     run.finished = True
     save_run(run)
-    say("", f"The best weights, of epoch {run.best_epoch}, are in {run.best}. To use them:",
+    share = "" if run.best_share == 1 else f", {run.best_share} of them with the start's,"
+    say("", f"The best weights, of epoch {run.best_epoch}{share} are in {run.best}. To use them:",
         f'    model, preprocess = clip.load("{run.best}")')
 
 # ---- The whole run -----------------------------------------------------------------------------
@@ -967,9 +1145,11 @@ def prepare(settings, device, interrupts):
         if turn == min(local_rank(), 1):
             model = load_clip(settings.MODEL, device)
         everyone("loaded")
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = os.cpu_count() // local_world_size()
     num_workers, precision = min(cores, settings.MAX_WORKERS), choose_precision(device)
     splits = load_splits(settings, model.visual.input_resolution, num_workers)
+    steps = -(-len(splits["train"]) // settings.BATCH_SIZE)  # of an epoch
+    total_steps = settings.NUM_EPOCHS * steps
     run = SimpleNamespace(
         settings=settings, interrupts=interrupts, model=model, precision=precision,
         num_workers=num_workers,
@@ -979,10 +1159,14 @@ def prepare(settings, device, interrupts):
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         train_rows=hashlib.sha256(repr(splits["train"].records).encode()).hexdigest()[:12],
         best=os.path.join(settings.OUTPUT_PATH, "best.pt"),
-        last=os.path.join(settings.OUTPUT_PATH, "last.pt"), **new_progress())
+        last=os.path.join(settings.OUTPUT_PATH, "last.pt"),
+        steps=steps,
+        schedule=(total_steps, max(1, round(settings.WARMUP * total_steps)), settings.LR),
+        evaluation_seconds=0.0, pace_said=False, **new_progress())
     say(f"{settings.MODEL} in {str(precision)[6:]} on {world_size()} × {device.type}; "
-        f"{len(run.class_labels)} classes; {settings.NUM_EPOCHS} epochs of {settings.BATCH_SIZE} "
-        f"pairs a step; output in {settings.OUTPUT_PATH}")
+        f"{len(run.class_labels)} classes; {settings.NUM_EPOCHS} epochs of {run.steps} steps of "
+        f"{settings.BATCH_SIZE} pairs, encoded {run.chunk} at a time; output in "
+        f"{settings.OUTPUT_PATH}")
     resume_run(run)
     return run, splits
 
@@ -1000,12 +1184,12 @@ def main():
     if run.finished:
         say(f"This run is finished: {run.best} has its weights. For another, set OUTPUT_PATH.")
         return
-    steps = -(-len(splits["train"]) // settings.BATCH_SIZE)
-    done = max(0, run.epoch - 1) * steps + run.step
+    done = max(0, run.epoch - 1) * run.steps + run.step
+    bar_format = "{desc} {percentage:3.0f} % |{bar}| {n} of {total} steps, {elapsed}{postfix}"
     interrupts.at_once = False
     try:
-        total = steps * settings.NUM_EPOCHS
-        with progress_bar(desc="training", unit=" steps", total=total, initial=done) as bar:
+        with progress_bar(desc="training", total=run.schedule[0], initial=done,
+                          bar_format=bar_format) as bar:
             train(run, splits, bar)
         finish(run, splits)
     except (Interrupted, RuntimeError) as error:
