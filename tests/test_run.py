@@ -1,6 +1,7 @@
 """The script as a user runs it: a copy with edited constants."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,3 +141,29 @@ def test_the_bundled_sample_is_learned(tmp_path):
 def test_a_path_that_the_user_set_is_never_replaced_by_the_sample(tmp_path):
     output, code = run_inside(edited_script(tmp_path, IMAGE_PATH="my/pictures"))
     assert code == 1 and "my/pictures" in output and "sample" not in output
+
+
+def test_what_is_going_to_happen_is_said_first(tmp_path, dataset):
+    output = run_script(tmp_path, **quick(dataset, BATCH_SIZE=4, CHUNK_SIZE=3))
+    assert "24 rows used, 0 left out" in output and "class prompts for missing titles" in output
+    assert "5 classes; 2 epochs of 6 steps of 4 pairs, encoded 3 at a time; output in outputs" in output
+    lines = output.splitlines()
+    assert [lines[i - 1].split()[:2] for i, line in enumerate(lines) if line.endswith("to go")] == [["0", "val"]]
+
+
+def test_the_time_left_is_that_of_the_whole_run(capsys):
+    shown = []
+    run = SimpleNamespace(
+        settings=SimpleNamespace(NUM_EPOCHS=3, BATCH_SIZE=8),
+        epoch=2,
+        steps=10,
+        step=4,
+        evaluation_seconds=5.0,
+        losses=[1.5],
+        pace_said=False,
+    )
+    bar = SimpleNamespace(set_postfix_str=shown.append)
+    for _ in range(2):
+        ic.show_pace(run, bar, 20.0)  # 16 steps and 2 evaluations to come
+    assert shown == ["loss 1.500, 0.4 pairs/s, 05:30 left"] * 2
+    assert capsys.readouterr().out == "       0.4 pairs/s, 05:30 to go\n"
