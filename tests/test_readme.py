@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def code(heading):
     """The first code block below a heading."""
-    return re.search(rf"^## {heading}\n.*?```\w+\n(.*?)```", README, flags=re.M | re.S)[1]
+    return re.search(rf"^{heading}\n.*?```\w+\n(.*?)```", README, flags=re.M | re.S)[1]
 
 
 def test_the_lines_that_use_the_weights(tmp_path, monkeypatch):
@@ -25,7 +25,7 @@ def test_the_lines_that_use_the_weights(tmp_path, monkeypatch):
     output, exit_code = run_inside(script)
     assert exit_code == 0, output
     monkeypatch.chdir(tmp_path)
-    lines = code("Using the weights")
+    lines = code("## Using the weights")
     assert len([line for line in lines.splitlines() if line.strip()]) <= 13
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
