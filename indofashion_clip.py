@@ -1,10 +1,12 @@
 """Fine-tune OpenAI's CLIP on your own pictures and captions: one file, made for IndoFashion.
 
     python indofashion_clip.py
+    torchrun --nproc_per_node=4 indofashion_clip.py  # on four GPUs
 
 Edit the constants below first, or edit nothing: without IndoFashion in data/indo-fashion it trains
-a tiny CLIP on the bundled sample, in about a minute on two CPU cores. In: a folder of pictures and
-a JSON-lines file of titles and classes a split. Out: outputs/best.pt, which clip.load reads.
+a tiny CLIP from scratch on the bundled sample, drawings of the 15 classes: half a minute on two CPU
+cores, after which it names the class of 9 in 10 (1 in 15 before). In: a folder of pictures and a
+JSON-lines file of titles and classes a split. Out: outputs/best.pt, which clip.load reads.
 """
 
 import copy
@@ -888,13 +890,13 @@ def draw_retrieval(run, val):
         panel.set_frame_on(False)
         panel.set(xticks=[], yticks=[])
     for i, query in enumerate(val.records[row] for row in searched):
-        place = 2 * (i // columns), i % columns
-        for panel, when in zip(axes[place[0] :, place[1]], ("before", "best")):
+        pair = axes[2 * (i // columns) :, i % columns]
+        for panel, when, label in zip(pair, ("before", "best"), ("before", "after")):
             panel.imshow(picture_strip(val, run.views[when]["found"][i].tolist(), query))
-            panel.set_ylabel("before" if when == "before" else "after")
-        otherwise = class_prompts(query.class_label, run.settings)[0]
-        title = drawable(query.caption, 70, drawable(otherwise, 70, f"caption {i + 1}"))
-        axes[place].set_title(title, loc="left", fontsize=11, parse_math=False)
+            panel.set_ylabel(label)
+        class_prompt = drawable(class_prompts(query.class_label, run.settings)[0], 70, "a title")
+        title = drawable(query.caption, 70, otherwise=class_prompt)
+        pair[0].set_title(title, loc="left", fontsize=11, parse_math=False)
     figure.supxlabel("dark frame: the caption's own picture; light: another of its class",
                      fontsize=10)
     save_figure(run, "retrieval.png", figure)
@@ -1085,19 +1087,23 @@ def mix_with_start(run, val):
     Fine-tuning forgets; a weighted mean of both forgets less and is often better at the new task
     too (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903).
     """
-    run.best_share, best = 1.0, torch.load(run.best, map_location="cpu", weights_only=True)
-    if val and run.best_epoch > 0 and run.settings.MODEL != "tiny":  # which starts from nothing
-        start = load_clip(run.settings.MODEL, "cpu").state_dict()
-        def mixed(share):
-            return {name: start[name] + share * (best[name] - start[name]) for name in best}
-        say(f"Mixed with the weights of the start, 0.25, 0.5 and 0.75 of epoch {run.best_epoch}'s:")
-        for share in (0.25, 0.5, 0.75):
-            run.model.load_state_dict(mixed(share))
-            metrics, view = evaluate(run, val)
-            log(run, "val", run.best_epoch, metrics | {"share": share})
-            if score(metrics) > run.best_score:
-                run.best_score, run.best_share, run.views["best"] = score(metrics), share, view
-    run.model.load_state_dict(mixed(run.best_share) if run.best_share < 1 else best)
+    best = torch.load(run.best, map_location="cpu", weights_only=True)
+    worth_it = val and run.best_epoch > 0 and run.settings.MODEL != "tiny"  # which starts at random
+    start = load_clip(run.settings.MODEL, "cpu").state_dict() if worth_it else best
+    def mix(share):
+        run.model.load_state_dict({n: (1 - share) * start[n] + share * best[n] for n in best})
+    trials = []
+    for share in (0.25, 0.5, 0.75) if worth_it else ():
+        mix(share)
+        trials.append((share, *evaluate(run, val)))
+    run.best_share = 1.0  # only now: an interrupted mixing is done again
+    if trials:
+        say(f"The start's weights with 0.25, 0.5 and 0.75 of epoch {run.best_epoch}'s:")
+    for share, metrics, view in trials:
+        log(run, "val", run.best_epoch, metrics | {"share": share})
+        if score(metrics) > run.best_score:
+            run.best_score, run.best_share, run.views["best"] = score(metrics), share, view
+    mix(run.best_share)
 
 def class_table(run):
     """Precision, recall and F1 of each class on val, before training → with the best weights."""

@@ -1,11 +1,11 @@
 """What each choice is worth: the script with one thing changed, three seeds each. Prints a table.
 
-    .venv/bin/python tests/ablation.py            # on the bundled sample, about 10 minutes on two cores
+    .venv/bin/python tests/ablation.py            # on the bundled sample, about 15 minutes on two cores
     .venv/bin/python tests/ablation.py FOLDER     # on a dataset in the same layout
 
 Every run is the script itself with edited constants, or with a few lines put before its end, from a random
-start (MODEL = "tiny") but for the last rows. There the start has been trained on every other class, and is
-fine-tuned on the rest: what it did well before is measured on the classes that it was trained on.
+start (MODEL = "tiny") but for the last tables. There the start has been trained on half of the classes, or
+of the rows, and is fine-tuned on the rest: is it better for being mixed with its start, and what is kept?
 """
 
 import json
@@ -67,45 +67,50 @@ VARIANTS = {  # name: (constants, lines before the script's end)
 def run(folder, constants, lines=""):
     """Run the script with those constants → its last line on test."""
     folder.mkdir(parents=True)
-    script = edited_script(folder, **{name: value for name, value in constants.items()})
+    script = edited_script(folder, **constants)
     source = script.read_text(encoding="utf-8")
     script.write_text(source.replace("\nif __name__", f"{lines}\nif __name__"), encoding="utf-8")
-    done = subprocess.run([sys.executable, script], cwd=folder, env=environment(), capture_output=True, text=True)
+    command = [sys.executable, script]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "outputs/metrics.jsonl").read_text().splitlines()[-1])
 
 
-def halves(folder):
-    """JSON_PATHs of the dataset's even and of its odd classes."""
+def halves(folder, by):
+    """JSON_PATHs of the dataset's even and of its odd classes, or train rows, with val and test whole."""
     paths = []
     for half in (0, 1):
-        (folder / str(half)).mkdir()
-        paths.append(str(folder / str(half) / "{split}_data.json"))
+        (folder / by / str(half)).mkdir(parents=True)
+        paths.append(str(folder / by / str(half) / "{split}_data.json"))
     for split in ("train", "val", "test"):
         rows = [json.loads(line) for line in open(FOLDER / f"{split}_data.json", encoding="utf-8")]
         labels = sorted({row["class_label"] for row in rows})
         for half, path in enumerate(paths):
+            if by == "classes":
+                chosen = [row for row in rows if labels.index(row["class_label"]) % 2 == half]
+            else:
+                chosen = rows[half::2] if split == "train" else rows
             with open(path.replace("{split}", split), "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(r) + "\n" for r in rows if labels.index(r["class_label"]) % 2 == half)
+                file.writelines(json.dumps(row) + "\n" for row in chosen)
     return paths
 
 
 def keep(folder, paths, seed):
-    """{"before", "fine-tuned", "… and mixed": ([the old classes' line on test], [the new ones'])}."""
+    """{"before": (score on the first half's test, on the second's), "fine-tuned": …, "… and mixed": …}."""
     old, new = ({"JSON_PATH": path, "SEED": seed} for path in paths)
     run(folder / "start", BASE | old)
     start = {"MODEL": str(folder / "start/outputs/best.pt")}
-    tuning = BASE | new | start | {"NUM_EPOCHS": BASE["NUM_EPOCHS"] // 2, "LR": BASE["LR"] / 3}
+    tuning = BASE | new | start | {"NUM_EPOCHS": BASE["NUM_EPOCHS"] // 2, "LR": BASE["LR"] / 2}
     run(folder / "tuned", tuning, NO_MIXING)
     run(folder / "mixed", tuning)
-    results = {}
+    scores = {}
     for name, where in {"before": "start", "fine-tuned": "tuned", "fine-tuned and mixed": "mixed"}.items():
         weights = {"MODEL": str(folder / where / "outputs/best.pt"), "NUM_EPOCHS": 0}
-        results[name] = tuple(
-            run(folder / f"{where} on {half}", BASE | constants | weights)
+        scores[name] = tuple(
+            ic.score(run(folder / f"{where} on {half}", BASE | constants | weights))
             for half, constants in (("old", old), ("new", new))
         )
-    return results
+    return scores
 
 
 def spread(values):
@@ -115,22 +120,28 @@ def spread(values):
 def main():
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(folder)
-        paths = halves(folder)
         results = {
             name: [pool.submit(run, folder / name / str(s), BASE | constants | {"SEED": s}, lines) for s in SEEDS]
             for name, (constants, lines) in VARIANTS.items()
         }
-        kept = [pool.submit(keep, folder / f"keep {seed}", paths, seed) for seed in SEEDS]
-        print(f"| {len(SEEDS)} seeds, mean ± deviation, on test | accuracy | text → image R@5 | score |\n| --- | --- | --- | --- |")
+        kept = {}
+        for by in ("classes", "rows"):
+            paths = halves(folder, by)
+            kept[by] = [pool.submit(keep, folder / by / f"seed {s}", paths, s) for s in SEEDS]
+        head = f"{len(SEEDS)} seeds, mean ± deviation, test"
+        print(f"| {head} | accuracy | text → image R@5 | score |\n| --- | --- | --- | --- |")
         for name, runs in results.items():
             lines = [one.result() for one in runs]
-            columns = ([line["accuracy"] for line in lines], [line["text_to_image_r5"] for line in lines], list(map(ic.score, lines)))
+            columns = ([line[key] for line in lines] for key in ("accuracy", "text_to_image_r5"))
+            columns = (*columns, list(map(ic.score, lines)))
             print(f"| {name} | " + " | ".join(map(spread, columns)) + " |", flush=True)
-        print("\n| fine-tuned on the other classes | score on the classes it knew | on the new ones |\n| --- | --- | --- |")
-        kept = [one.result() for one in kept]
-        for name in kept[0]:
-            columns = zip(*([ic.score(line) for line in one[name]] for one in kept))
-            print(f"| {name} | " + " | ".join(map(spread, columns)) + " |")
+        for by, runs in kept.items():
+            print(f"\n| trained on half of the {by}, then on the rest | score on the first | on the rest |")
+            print("| --- | --- | --- |")
+            runs = [one.result() for one in runs]
+            for name in runs[0]:
+                columns = zip(*(one[name] for one in runs))
+                print(f"| {name} | " + " | ".join(map(spread, columns)) + " |", flush=True)
 
 
 if __name__ == "__main__":

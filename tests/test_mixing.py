@@ -83,21 +83,21 @@ def test_nothing_is_mixed(tmp_path, start, what):
         "the start is best": {"LR": 1.0, "NUM_EPOCHS": 1},
     }[what]
     output = run_script(tmp_path, **fine_tuning(start, **constants))
-    assert "Mixed" not in output and not any("share" in line for line in read_metrics(tmp_path))
+    assert "The start's weights with" not in output and not any("share" in line for line in read_metrics(tmp_path))
     if what == "the start is best":
         assert same_weights(tmp_path / "outputs/best.pt", start[1])
 
 
 def test_killed_while_mixing(tmp_path, start):
-    """In the second evaluation of mixtures, between last.pt and best.pt, and on the test split."""
+    """Told to stop, then killed in an evaluation of mixtures, between last.pt and best.pt, and on test."""
     constants = fine_tuning(start)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     run_struck(tmp_path / "whole", [], **constants)
     kill = signal.SIGKILL.value
-    moments = [("evaluate", 6, kill), ("save_best", 1, kill), ("evaluate", 1, kill)]
-    _, codes = run_struck(tmp_path / "killed", moments, **constants)
-    assert codes == [-9, -9, -9]
+    moments = [("encode_split", 6, signal.SIGTERM.value), ("encode_split", 2, kill), ("save_best", 1, kill)]
+    _, codes = run_struck(tmp_path / "killed", [*moments, ("encode_split", 1, kill)], **constants)
+    assert codes == [143, -9, -9, -9]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert read_metrics(killed, times=False) == read_metrics(whole, times=False)
     assert same_weights(killed / "outputs/best.pt", whole / "outputs/best.pt")
