@@ -1,12 +1,15 @@
 """The loss by hand, the schedule, the step in chunks and after running out of memory."""
 
 import math
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from test_model import relative
 
 import indofashion_clip as ic
@@ -251,3 +254,30 @@ def test_no_memory_for_one_pair_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(ic, "encode_images", failing(ic.encode_images, set(range(99))))
     with pytest.raises(ic.Stop, match="out of memory"):
         steps(4)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is what is set")
+def test_freed_memory_is_kept():
+    """Once kept, a large tensor comes from memory that the process has: no page of it faults again."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import resource, torch, indofashion_clip as ic\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.zeros(2**27, dtype=torch.uint8).fill_(1)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "returned = [faults() for _ in range(3)][-1]\n"
+        "ic.keep_memory()\n"
+        "print(returned, [faults() for _ in range(3)][-1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    returned, kept = map(int, done.stdout.split()[-2:])
+    assert kept < 20 < returned
+
+
+def test_where_there_is_no_glibc_memory_is_left_alone(monkeypatch):
+    def no_mallopt(_):
+        raise TypeError
+
+    monkeypatch.setattr(ic.ctypes, "CDLL", no_mallopt)
+    ic.keep_memory()
