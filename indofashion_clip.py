@@ -1142,8 +1142,8 @@ def finish(run, splits):
         say("", *class_table(run))
     run.finished = True
     save_run(run)
-    share = "" if run.best_share == 1 else f", {run.best_share} of them with the start's,"
-    say("", f"The best weights, of epoch {run.best_epoch}{share} are in {run.best}. To use them:",
+    share = "" if run.best_share == 1 else f", {run.best_share} of them with the start's"
+    say("", f"The best weights, of epoch {run.best_epoch}{share}, are in {run.best}. To use them:",
         f'    model, preprocess = clip.load("{run.best}")')
 
 # ---- The whole run -----------------------------------------------------------------------------
