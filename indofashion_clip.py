@@ -135,7 +135,7 @@ def join_processes():
     return torch.device("cuda", local_rank())
 
 def keep_memory():
-    """Have glibc keep what is freed: refetched from the kernel, it is a third of a 256-pair step."""
+    """Have glibc keep what is freed: getting it anew was a third of a step of 256 pairs."""
     with suppress(AttributeError, OSError, TypeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
