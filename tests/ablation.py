@@ -17,7 +17,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conftest import ROOT, edited_script, environment
+from conftest import ROOT, edited_script, environment, read_metrics, write_rows
 
 import indofashion_clip as ic
 
@@ -73,7 +73,7 @@ def run(folder, constants, lines=""):
     command = [sys.executable, script]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "outputs/metrics.jsonl").read_text().splitlines()[-1])
+    return read_metrics(folder)[-1]
 
 
 def halves(folder, by):
@@ -90,8 +90,7 @@ def halves(folder, by):
                 chosen = [row for row in rows if labels.index(row["class_label"]) % 2 == half]
             else:
                 chosen = rows[half::2] if split == "train" else rows
-            with open(path.replace("{split}", split), "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in chosen)
+            write_rows(Path(path.replace("{split}", split)), chosen)
     return paths
 
 
