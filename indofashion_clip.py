@@ -3,19 +3,22 @@
     python indofashion_clip.py
     torchrun --nproc_per_node=4 indofashion_clip.py  # on four GPUs
 
-Edit the constants below first, or edit nothing: without IndoFashion in data/indo-fashion it trains
-a tiny CLIP from scratch on the bundled sample, drawings of the 15 classes: half a minute on two CPU
-cores, after which it names the class of 9 in 10 (1 in 15 before). In: a folder of pictures and a
-JSON-lines file of titles and classes a split. Out: outputs/best.pt, which clip.load reads.
+Edit the constants first, or nothing: without IndoFashion in data/indo-fashion a tiny CLIP learns
+the bundled sample, drawings of the 15 classes, from scratch: half a minute on two CPU cores, after
+which it names the class of 9 in 10 (1 in 15 before). In: a folder of pictures, and a JSON-lines
+file of titles and classes a split. Out: outputs/best.pt, which clip.load reads.
+
+Shapes: B pairs in a batch, b of them this process's, N rows in a split, C distinct captions, K
+classes, D the width of an embedding, R the side of a picture in pixels.
 """
 
-import copy
 import ctypes
 import functools
 import hashlib
 import html
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -24,19 +27,21 @@ import sys
 import textwrap
 import time
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
-from itertools import zip_longest
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from tqdm import tqdm
@@ -45,17 +50,13 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")
     import clip
 
-# ---- Constants: what a user edits --------------------------------------------------------------
-# Paths
+# ---- Constants: what a user edits ----------------------------------------------------------------
 IMAGE_PATH = "data/indo-fashion"  # the folder that image_path in a row is relative to
 JSON_PATH = "data/indo-fashion/{split}_data.json"  # {split} stands for train, val and test
-OUTPUT_PATH = "outputs"  # the weights, the metrics, the rows left out
-CACHE_PATH = "data/cache"  # decoded pictures, 150 KB each at 224 px; "" decodes every epoch anew
+OUTPUT_PATH = "outputs"  # the weights, the metrics, the pictures, the rows left out
+CACHE_PATH = "data/cache"  # decoded pictures, 150 KB each at 224 pixels; on a fast disk
 
-# Model
 MODEL = "ViT-B/32"  # a name from clip.available_models(), a .pt file, or "tiny"
-
-# Training
 BATCH_SIZE = 256  # pairs a step; each is a negative of the others, so larger learns more
 NUM_EPOCHS = 6  # people stop at 3 to 10: CLIP starts close and overfits soon
 LR = 1e-5  # the peak; people end up at 5e-6 to 3e-5, and 5e-5 forgets what CLIP knew
@@ -66,7 +67,6 @@ CLASS_PROMPT_SHARE = 0.25  # of the titles, replaced by a class prompt in each e
 MIN_CROP = 0.9  # the least side of the random crop, as a share; 1 does not crop
 SEED = 0  # the same seed gives the same order, augmentation and, on CPU, weights
 
-# Evaluation
 PROMPTS = ("a photo of a {}", "a product photo of a {}", "a {} for sale")  # averaged
 CLASS_NAMES = {  # better words than the label's own, with _ read as a space
     "dhoti_pants": "pair of dhoti pants",
@@ -82,13 +82,9 @@ CLASS_NAMES = {  # better words than the label's own, with _ read as a space
     "sherwanis": "sherwani",
     "women_kurta": "women's kurta",
 }
-
-# Machine
 CHUNK_SIZE = None  # pairs encoded at a time; None: as many as the device has memory for
-MAX_WORKERS = 8  # processes that decode pictures; fewer where there are fewer cores
 
-# The run without a dataset: what differs from the constants above
-SAMPLE_RUN = {
+SAMPLE_RUN = {  # the run without a dataset: what differs from the constants above
     "IMAGE_PATH": "data/sample",
     "JSON_PATH": "data/sample/{split}_data.json",
     "OUTPUT_PATH": "outputs/sample",
@@ -100,159 +96,59 @@ SAMPLE_RUN = {
     "MIN_CROP": 0.95,
 }
 
-class Stop(SystemExit):
-    """The run cannot go on: one line saying what, where and what to do. Exits with 1."""
 
-def one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-# ---- Processes: one, or those that torchrun started --------------------------------------------
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-def local_rank():
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-def local_world_size():
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-def my_share():
-    """The slice of any rows that is this process's: rank, rank + world size, …"""
-    return slice(rank(), None, world_size())
-
-def join_processes():
-    """Meet the other processes, where there are any → this one's device."""
-    cuda = torch.cuda.is_available()
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    if not cuda:
-        return torch.device("cpu")
-    torch.cuda.set_device(local_rank())
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    return torch.device("cuda", local_rank())
-
-def keep_memory():
-    """Have glibc keep what is freed: getting it anew was a third of a step of 256 pairs."""
-    with suppress(AttributeError, OSError, TypeError):  # no glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-
-def say(*lines):
-    """Print above the progress bar, from the first process only."""
-    if rank() == 0:
-        tqdm.write("\n".join(lines))
-
-def progress_bar(**how):
-    """A bar on the first process's terminal; none in a log file."""
-    return tqdm(**how, leave=False, disable=None if rank() == 0 else True)
-
-def everyone(value):
-    """[value of each process]. All of them have to ask, and wait for each other."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-def gather_rows(rows, count):
-    """The shares of all processes, [share, D] each → the `count` rows [count, D] in order."""
-    if world_size() == 1:
-        return rows
-    longest = -(-count // world_size())
-    padded = F.pad(rows, (0, 0, 0, longest - len(rows)))
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, 1).flatten(0, 1)[:count]
-
-def read_settings():
-    """The constants, with SAMPLE_RUN's in place of some where the default dataset is missing."""
-    settings = {name: value for name, value in globals().items() if name.isupper() and name != "F"}
-    if settings["IMAGE_PATH"] == "data/indo-fashion" and not os.path.isdir("data/indo-fashion"):
-        say("IndoFashion is not in data/indo-fashion. To get it, see data/README.md or",
-            "www.kaggle.com/datasets/validmodel/indo-fashion-dataset. Running the bundled sample.")
-        settings |= SAMPLE_RUN
-    return SimpleNamespace(**settings)
-
-# ---- Data: rows → captions and pictures --------------------------------------------------------
+# ---- Data: rows → captions and pictures → batches ------------------------------------------------
 class Record(NamedTuple):
     line: int  # in the JSON file, from 1
-    image_path: str  # relative to IMAGE_PATH
+    cache_row: int  # its picture's place in the split's cache
+    image_path: str
     caption: str
     class_label: str
     titled: bool  # else the caption is a class prompt
 
-def class_prompts(class_label, settings):
+
+def class_prompts(class_label):
     """saree → ["a photo of a saree", …], one for each of PROMPTS."""
-    name = settings.CLASS_NAMES.get(class_label, " ".join(class_label.split("_")))
-    return [prompt.format(name) for prompt in settings.PROMPTS]
+    name = CLASS_NAMES.get(class_label, class_label.replace("_", " "))
+    prompts = [PROMPTS] if isinstance(PROMPTS, str) else PROMPTS
+    return [prompt.replace("{}", name) for prompt in prompts]
+
 
 def clean(text):
     """Plain words: entities resolved, white space collapsed, nothing that UTF-8 cannot hold."""
     text = html.unescape(text) if isinstance(text, str) else ""
     return " ".join(text.encode("utf-8", "ignore").decode("utf-8").split())
 
-def read_rows(json_path):
-    """Yields (line, object): JSON lines, or the items of one array, from 1; None if not JSON."""
+
+def read_records(json_path):
+    """→ ([Record] of the rows of a JSON-lines file, [(line, why it is left out)]).
+
+    A title that is missing or N/A becomes a class prompt. Pictures are not looked at.
+    """
+    records, skipped = [], []
     with open(json_path, encoding="utf-8-sig", errors="replace") as file:
-        with suppress(ValueError, RecursionError):
-            if file.read(64).lstrip().startswith("["):
-                file.seek(0)
-                yield from enumerate(json.load(file), 1)
-                return
-        file.seek(0)
         for line, text in enumerate(file, 1):
             row = None
             with suppress(ValueError, RecursionError):
                 row = json.loads(text)
-            if text.strip():
-                yield line, row
-
-def why_unusable(row):
-    """What keeps a row from use, or "": all that can be told without its picture."""
-    if not isinstance(row, dict):
-        return "not a JSON object"
-    path = row.get("image_path")
-    if not isinstance(path, str) or not path.strip():
-        return "no image_path"
-    if os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == "..":
-        return f"image_path leads outside IMAGE_PATH: {path}"
-    return "" if clean(row.get("class_label")) else "no class_label"
-
-def read_records(json_path, settings):
-    """The usable rows of a JSON-lines file (or of one JSON array), and the others.
-
-    Returns ([Record], [(line, reason)]). A title that is missing or N/A becomes a class prompt.
-    Raises OSError where the file cannot be read.
-    """
-    records, skipped = [], []
-    for line, row in read_rows(json_path):
-        if reason := why_unusable(row):
-            skipped.append((line, reason))
-            continue
-        label, title = sys.intern(clean(row["class_label"])), clean(row.get("product_title"))
-        titled = title.upper() not in ("", "N/A", "NA")
-        caption = title if titled else class_prompts(label, settings)[0]
-        records.append(Record(line, row["image_path"], caption, label, titled))
+            row = row if isinstance(row, dict) else {}
+            path, label = row.get("image_path"), sys.intern(clean(row.get("class_label")))
+            title = clean(row.get("product_title"))
+            if isinstance(path, str) and label:
+                titled = title.upper() not in ("", "N/A", "NA")
+                caption = title if titled else class_prompts(label)[0]
+                records.append(Record(line, len(records), path, caption, label, titled))
+            elif text.strip():
+                skipped.append((line, "no JSON object with an image_path and a class_label"))
     return records, skipped
 
-def tokenize(captions):
-    """Captions → (tokens int32 [N, 77], how many captions were longer and were truncated)."""
-    tokens = clip.tokenize(captions, context_length=78, truncate=True).int()
-    too_long = tokens[:, 77] != 0
-    tokens[too_long, 76] = tokens[too_long, 77]  # the end token, at which the text is read
-    return tokens[:, :77], int(too_long.sum())
 
 def load_image(path, resolution):
     """A picture as a viewer shows it, resized and cropped as CLIP does: uint8 [3, R, R].
 
     Raises whatever Pillow raises for a file that is not one whole picture.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))
+    image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))
     if max(image.size) > 50 * min(image.size):  # would be resized to gigabytes
         raise ValueError(f"a strip of {image.width} × {image.height} pixels")
     image = ImageOps.exif_transpose(image)
@@ -262,201 +158,178 @@ def load_image(path, resolution):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     image = resize(image.convert("RGB"), resolution, InterpolationMode.BICUBIC)
-    return pil_to_tensor(center_crop(image, resolution))
+    return pil_to_tensor(center_crop(image, resolution)).contiguous()
 
-def read_image(path, resolution):
-    """As load_image, but where the picture cannot be used, the reason, a string."""
+
+def decode(path, resolution):
+    """→ (the picture's pixels, None), or (black ones, why it cannot be used)."""
     try:
-        if os.path.getsize(path) == 0:
-            return f"the image is empty: {path}"
-        return load_image(path, resolution)
-    except FileNotFoundError:
-        return f"no image: {path}"
+        if not os.path.isfile(path):
+            raise FileNotFoundError("there is no such file")
+        return load_image(path, resolution), None
     except Exception as error:  # damaged files make Pillow raise nearly anything
-        return f"the image cannot be read ({error}): {path}"
+        black = torch.zeros(3, resolution, resolution, dtype=torch.uint8)
+        return black, f"no image in {path}: {one_line(error)}"
 
-@contextmanager
-def replacing(path):
-    """A temporary path to write; on success it is flushed to disk and takes the name at once."""
-    temporary = f"{path}.tmp"
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        failure = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
-        if not isinstance(failure, OSError):
-            raise
-        raise Stop(f"cannot write {path}: {failure.strerror}; what it held is untouched") from None
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(temporary)
 
-def save(path, state):
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
+def make_cache(cache_file, paths, resolution):
+    """Decode all pictures into a file, unless it is there, made from the same.
 
-def write_lines(path, rows):
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-def map_pixels(path, shape):
-    """The cache file's pixels, uint8 [N, 3, R, R]; the system reads and keeps what is touched."""
-    return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
-
-def decode_batch(rows_and_paths, pixel_path, shape):
-    """Decode pictures into the cache file, if there is one → {row: why it cannot be used}."""
-    bad = {}
-    for row, path in rows_and_paths:
-        pixels = read_image(path, shape[-1])
-        if isinstance(pixels, str):
-            bad[row] = pixels
-        elif pixel_path:
-            map_pixels(pixel_path, shape)[row] = pixels
-    return bad
-
-def decode_pictures(paths, pixel_path, shape, num_workers):
-    """Decode all pictures, shared out over a machine's processes → {row: reason} of the bad."""
-    mine = list(enumerate(paths))[local_rank() :: local_world_size()]
-    decode = functools.partial(decode_batch, pixel_path=pixel_path, shape=shape)
-    pool = DataLoader(mine, 32, num_workers=num_workers, collate_fn=decode,
-                      worker_init_fn=leave_signals)
-    with progress_bar(desc="decoding", unit=" pictures", total=len(mine)) as bar:
-        bad = {}
-        for part in pool:
-            bad |= part
-            bar.update(pool.batch_size)
-    return {row: reason for part in everyone(bad) for row, reason in part.items()}
-
-def cache_pictures(paths, resolution, pixel_path, num_workers):
-    """All pixels in one memory-mapped file, made again when the rows, files or resolution change.
-
-    Returns (uint8 [N, 3, R, R], or None without pixel_path; {row: why its picture is unusable}).
-    After the pixels the file holds, as JSON, what they were made from and the bad pictures.
+    It holds uint8 [N, 3, R, R], then 64 bytes that tell what it was made from, then, as JSON,
+    [[row, why unusable], …]. Several processes at once waste work and spoil nothing.
     """
-    shape = (len(paths), 3, resolution, resolution)
-    if not pixel_path:
-        return None, decode_pictures(paths, "", shape, num_workers)
-    made_from, bad = hashlib.sha256(str(shape).encode()), None
+    made_from, size = hashlib.sha256(b"%d" % resolution), len(paths) * 3 * resolution**2
     for path in paths:
         made_from.update(repr(path).encode("utf-8", "replace"))
         with suppress(OSError, ValueError):
-            status = os.stat(path)
-            made_from.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-    os.makedirs(os.path.dirname(pixel_path), exist_ok=True)
-    first = local_rank() == 0
-    with FileLock(f"{pixel_path}.lock") if first else nullcontext():  # another run may be making it
-        everyone("the file is ours")
-        with suppress(OSError, ValueError), open(pixel_path, "rb") as file:
-            file.seek(math.prod(shape))
-            key, reasons = json.load(file)
-            bad = dict(reasons) if key == made_from.hexdigest() else None
-        if None in everyone(bad):
-            with replacing(pixel_path) if first else nullcontext(f"{pixel_path}.tmp") as temporary:
-                if first:
-                    reserve(temporary, math.prod(shape))
-                everyone("the file is there")
-                bad = decode_pictures(paths, temporary, shape, num_workers)
-                if first:
-                    with open(temporary, "ab") as file:
-                        file.write(json.dumps([made_from.hexdigest(), list(bad.items())]).encode())
-            everyone("the file is whole")
-    return map_pixels(pixel_path, shape), bad
+            made_from.update(repr(os.stat(path)[6:9:2]).encode())  # size and time of change
 
-def reserve(path, size):
-    """Make a file of that many bytes, on disk space of its own where the system can do that."""
-    folder = os.path.dirname(path)
-    if size > (free := shutil.disk_usage(folder).free):
-        raise Stop(f"CACHE_PATH: {folder} needs {size / 1e9:.1f} GB for decoded pictures and has "
-                   f"{free / 1e9:.1f}. Free some, choose another folder, or \"\" for no cache")
-    with open(path, "wb") as file:
-        file.truncate(size)
-        if size and hasattr(os, "posix_fallocate"):  # a disk that fills up later would be a crash
-            os.posix_fallocate(file.fileno(), 0, size)
+    def is_there():
+        with suppress(OSError), open(cache_file, "rb") as file:
+            file.seek(size)
+            return file.read(64) == made_from.hexdigest().encode()
+
+    if is_there():
+        return
+    for leftover in Path(CACHE_PATH).glob("*.tmp"):
+        if leftover.stat().st_mtime < time.time() - 3600:  # its run was killed
+            leftover.unlink()
+    if size > (free := shutil.disk_usage(CACHE_PATH).free):
+        sys.exit(f"CACHE_PATH: {CACHE_PATH} needs {size / 1e9:.1f} GB, has {free / 1e9:.1f} free")
+    own_name, bad = f"{cache_file}.{time.time_ns()}.tmp", []
+    with replacing(cache_file, own_name, unless=is_there) as file, ThreadPoolExecutor() as threads:
+        parts = (paths[start : start + 256] for start in range(0, len(paths), 256))
+        work = functools.partial(decode, resolution=resolution)
+        pictures = (picture for part in parts for picture in threads.map(work, part))
+        for row, (pixels, why) in enumerate(tqdm(pictures, "decoding", len(paths), disable=QUIET)):
+            file.write(pixels.numpy())
+            bad += [(row, why)] if why else []
+        file.write(made_from.hexdigest().encode() + json.dumps(bad).encode())
+
+
+def open_cache(cache_file, shape):
+    """→ (pixels uint8 `shape`, memory-mapped: the system keeps what it can; {row: why unusable})."""
+    with open(cache_file, "rb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        mapped = mmap.mmap(file.fileno(), math.prod(shape), access=mmap.ACCESS_READ)
+        file.seek(len(mapped) + 64)
+        return torch.frombuffer(mapped, dtype=torch.uint8).view(shape), dict(json.load(file))
+
 
 class FashionDataset(Dataset):
-    """Row → (pixels uint8 [3, R, R], tokens int32 [77], the row).
+    """Rows int64 [n] → (pixels uint8 [n, 3, R, R], the tokens int32 [n, 77] of their captions).
 
-    tokens: int32 [captions, then class prompts, 77], each text once; caption_ids: int64 [N], the
-    row's place in it; prompt_ids: int64 [N, P], those of its class's prompts. pixels: the cache, in
-    which row i is cache_rows[i], or None: then a picture is decoded when it is asked for.
+    tokens: int32 [texts, 77], of the C distinct captions, then of class prompts; caption_ids: int64
+    [N] and prompt_ids: int64 [K, P], their places there; labels: int64 [N], in class_labels.
     """
 
-    def __init__(self, split, records, settings, resolution, pixels, cache_rows, num_workers):
-        self.split, self.records, self.settings = split, records, settings
-        self.resolution, self.pixels, self.cache_rows = resolution, pixels, cache_rows
-        self.captions = list(dict.fromkeys(record.caption for record in records))
-        prompts = {r.class_label: class_prompts(r.class_label, settings) for r in records}
-        texts = list(dict.fromkeys(self.captions + sum(prompts.values(), [])))
-        ids = {text: i for i, text in enumerate(texts)}
-        self.caption_ids = torch.tensor([ids[record.caption] for record in records])
-        self.prompt_ids = torch.tensor([[ids[p] for p in prompts[r.class_label]] for r in records])
+    def __init__(self, records, pixels, class_labels):
+        self.records, self.pixels, self.class_labels = records, pixels, class_labels
+        captions = [record.caption.lower() for record in records]  # CLIP reads no capitals
+        prompts = [prompt.lower() for label in class_labels for prompt in class_prompts(label)]
+        ids = {text: i for i, text in enumerate(dict.fromkeys(captions + prompts))}
+        self.num_captions, self.tokens = len(set(captions)), clip.tokenize(list(ids), truncate=True)
+        self.caption_ids = torch.tensor([ids[caption] for caption in captions])
+        self.prompt_ids = torch.tensor([ids[p] for p in prompts]).view(len(class_labels), -1)
+        self.labels = torch.tensor([class_labels.index(record.class_label) for record in records])
         self.titled = torch.tensor([record.titled for record in records])
-        workers = num_workers if len(texts) > 10_000 else 0  # fewer are done before a worker starts
-        tokens, truncated = zip(*DataLoader(texts, 1024, collate_fn=tokenize, num_workers=workers))
-        self.tokens, self.truncated = torch.cat(tokens), sum(truncated)
+        self.cache_rows = torch.tensor([record.cache_row for record in records])
 
     def __len__(self):
         return len(self.records)
 
-    def __getitem__(self, row):
-        if self.pixels is not None:
-            pixels = self.pixels[self.cache_rows[row]]
-        else:
-            path = os.path.join(self.settings.IMAGE_PATH, self.records[row].image_path)
-            pixels = read_image(path, self.resolution)
-        if isinstance(pixels, str):  # it has vanished since the start: the next row stands for it
-            skip = {"split": self.split, "line": self.records[row].line, "reason": pixels}
-            with open(os.path.join(self.settings.OUTPUT_PATH, "skipped.jsonl"), "a") as file:
-                file.write(json.dumps(skip) + "\n")
-            return self[(row + 1) % len(self)]
-        return pixels, self.tokens[self.caption_ids[row]], row
+    def __getitem__(self, rows):
+        shape, pinned = (len(rows), *self.pixels.shape[1:]), torch.cuda.is_available()
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        torch.index_select(self.pixels, 0, self.cache_rows[rows], out=pixels)
+        return pixels, self.tokens[self.caption_ids[rows]]
 
-    def with_prompts(self, share, generator):
-        """This dataset with class prompts for that share of the titles, and where there is none."""
-        epoch = copy.copy(self)
-        prompted = (torch.rand(len(self), generator=generator) < share) | ~self.titled
-        which = torch.randint(self.prompt_ids.shape[1], (len(self), 1), generator=generator)
-        prompts = self.prompt_ids.gather(1, which).squeeze(1)
-        epoch.caption_ids = torch.where(prompted, prompts, self.caption_ids)
-        return epoch
 
-def load_split(split, json_path, settings, resolution, num_workers):
-    """→ (FashionDataset, [{split, line, reason}] of the rows left out). Stops where most are."""
-    records, skipped = read_records(json_path, settings)
-    paths = [os.path.join(settings.IMAGE_PATH, record.image_path) for record in records]
-    file = settings.CACHE_PATH and os.path.join(settings.CACHE_PATH, f"{split}-{resolution}.u8")
-    pixels, bad = cache_pictures(paths, resolution, file, num_workers) if paths else (None, {})
-    skipped = sorted(skipped + [(records[row].line, reason) for row, reason in bad.items()])
-    rows = [row for row in range(len(records)) if row not in bad]
-    if len(skipped) > len(rows) or not rows:
-        line, reason = skipped[0] if skipped else (1, "the file is empty")
-        raise Stop(f"{json_path}: {len(skipped)} of {len(rows) + len(skipped)} rows are unusable. "
-                   f"Line {line}: {reason}. Check IMAGE_PATH and JSON_PATH")
-    records = [records[row] for row in rows]
-    dataset = FashionDataset(split, records, settings, resolution, pixels, rows, num_workers)
-    why = " (skipped.jsonl says why)" if skipped else ""
-    say(f"{split:5} {len(rows):7,} rows used, {len(skipped):,} left out{why}; "
-        f"{len(dataset.captions):,} captions, {int((~dataset.titled).sum()):,} class prompts for "
-        f"missing titles, {dataset.truncated:,} cut to 77 tokens")
-    return dataset, [{"split": split, "line": line, "reason": reason} for line, reason in skipped]
+def read_split(split, json_path, resolution):
+    """→ (the usable [Record], all pixels, lines of skipped.jsonl). Stops where most are unusable."""
+    records, skipped = read_records(json_path)
+    paths = [os.path.join(IMAGE_PATH, record.image_path) for record in records]
+    cache_file, pixels, bad = f"{CACHE_PATH}/{split}-{resolution}.u8", None, {}
+    if records and LOCAL_RANK == 0:  # of a machine; the others have waited
+        make_cache(cache_file, paths, resolution)
+    if records:
+        pixels, bad = open_cache(cache_file, (len(records), 3, resolution, resolution))
+    skipped = sorted(skipped + [(records[row].line, why) for row, why in bad.items()])
+    usable = [record for record in records if record.cache_row not in bad]
+    if len(skipped) > len(usable) or not usable:
+        line, why = skipped[0] if skipped else (1, "the file is empty")
+        sys.exit(
+            f"{json_path}: most rows are unusable. Line {line}: {why}. Check IMAGE_PATH and it"
+        )
+    return usable, pixels, [{"split": split, "line": line, "reason": why} for line, why in skipped]
 
-def load_splits(settings, resolution, num_workers):
-    """{split: FashionDataset} of the splits there are; lists the rows left out in skipped.jsonl."""
-    splits, skipped = {}, []
+
+def load_splits(resolution):
+    """{"train", "val" and, where there is a file, "test": FashionDataset}; writes skipped.jsonl."""
+    records, pixels, skipped = {}, {}, []
     for split in ("train", "val", "test"):
-        json_path = settings.JSON_PATH.replace("{split}", split)
-        if os.path.isfile(json_path) and (split == "train" or json_path != settings.JSON_PATH):
-            splits[split], bad = load_split(split, json_path, settings, resolution, num_workers)
-            skipped += bad
-        else:
-            say(f"{split:5} no file {json_path}: nothing is evaluated on it")
-    if rank() == 0:
-        write_lines(os.path.join(settings.OUTPUT_PATH, "skipped.jsonl"), skipped)
-    return splits
+        json_path = JSON_PATH.replace("{split}", split)
+        if split == "train" or (json_path != JSON_PATH and os.path.isfile(json_path)):
+            records[split], pixels[split], left_out = read_split(split, json_path, resolution)
+            skipped += left_out
+            say(f"{split:5} {len(records[split]):7,} rows used, {len(left_out):,} left out")
+    if RANK == 0:
+        write_lines("skipped.jsonl", skipped)
+    if "val" not in records:
+        rows, pixels["val"] = records["train"], pixels["train"]
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED)).tolist()
+        count = max(1, len(rows) // 20)
+        records["val"] = [rows[i] for i in sorted(order[:count])]
+        records["train"] = [rows[i] for i in sorted(order[count:])]
+        say(f"val   {count:7,} rows of train are held out for it: there is no such file")
+        if not records["train"]:
+            sys.exit(f"{JSON_PATH}: one usable row; two are needed, one to learn and one for val")
+    labels = sorted({record.class_label for rows in records.values() for record in rows})
+    return {split: FashionDataset(records[split], pixels[split], labels) for split in records}
 
-# ---- Model -------------------------------------------------------------------------------------
+
+class Batch(NamedTuple):
+    pixels: torch.Tensor  # uint8 [b, 3, R, R], this process's share of the B pairs
+    draws: torch.Tensor  # float32 [b, 4], uniform in 0..1, for augment()
+    tokens: torch.Tensor  # int32 [captions, 77], the share's distinct ones
+    which: torch.Tensor  # int64 [b], each picture's caption among them
+    caption_ids: torch.Tensor  # int64 [B], of the whole batch
+
+
+def epoch_batches(dataset, epoch, batch_size, first_step=0):
+    """Yield an epoch's Batches from a step on. All that is random follows from SEED and the epoch.
+
+    Rows that fill no batch wait for another epoch's shuffle.
+    """
+    generator, size = torch.Generator().manual_seed(SEED * 1_000_003 + epoch), len(dataset)
+    order, draws = (
+        torch.randperm(size, generator=generator),
+        torch.rand(size, 5, generator=generator),
+    )
+    which = torch.randint(dataset.prompt_ids.shape[1], (size,), generator=generator)
+    prompted = (draws[:, 4] < CLASS_PROMPT_SHARE) | ~dataset.titled
+    prompts = dataset.prompt_ids[dataset.labels, which]
+    caption_ids = torch.where(prompted, prompts, dataset.caption_ids)
+
+    def load(rows):
+        own = rows.chunk(WORLD_SIZE)[RANK]
+        ids, which = caption_ids[own].unique(return_inverse=True)
+        return Batch(dataset[own][0], draws[own], dataset.tokens[ids], which, caption_ids[rows])
+
+    return load_ahead(load, order.split(batch_size)[first_step : size // batch_size])
+
+
+def load_ahead(load, batches):
+    """Yield load(rows) of each batch of rows; while one is worked on, a thread loads the next."""
+    with ThreadPoolExecutor(1) as thread:
+        loading = None
+        for rows in (*batches, None):
+            loaded, loading = loading, thread.submit(load, rows) if rows is not None else None
+            if loaded:
+                yield loaded.result()
+
+
+# ---- Model ---------------------------------------------------------------------------------------
 def read_weights(path):
     """The state_dict in a TorchScript archive, as OpenAI's are, or in a file of one."""
     with warnings.catch_warnings():
@@ -466,33 +339,31 @@ def read_weights(path):
         except RuntimeError:
             return torch.load(path, map_location="cpu", weights_only=True)
 
-def load_clip(name, device):
+
+def load_clip(name):
     """CLIP in float32, in eval mode: no dropout, and the RN models' batch norm stays frozen.
 
     name: one of clip.available_models(), a path to a .pt, or "tiny" for a small random one.
     """
     try:
         if name == "tiny":
+            torch.manual_seed(SEED)
             model = clip.model.CLIP(64, 64, 2, 128, 16, 77, 49408, 128, 2, 2)
         elif name in clip.available_models():
             model, _ = clip.load(name, device="cpu")
-        elif os.path.isfile(name):
+        else:
             weights = read_weights(name)
             model = clip.model.build_model(weights).float()
             model.load_state_dict(weights)  # build_model has rounded them to half precision
-        else:
-            raise ValueError(f"no such file, and not among {', '.join(clip.available_models())}")
     except Exception as error:  # a damaged file raises nearly anything
-        advice = ": is the internet there?" if name in clip.available_models() else ""
-        raise Stop(f"MODEL: cannot load {name!r}{advice} ({one_line(error)})") from None
-    return add_normalisation(model.float()).to(device).eval()
-
-def add_normalisation(model):
-    """The mean and deviation of CLIP's pixels, on the model's device but not in its state_dict."""
+        names = ", ".join(["tiny", *clip.available_models()])
+        advice = f"It may be a .pt file or, if the internet is there, one of {names}"
+        sys.exit(f"MODEL: cannot load {name!r} ({one_line(error)}). {advice}")
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    model.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-    model.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-    return model
+    for buffer, values in {"mean": mean, "std": std}.items():  # of CLIP's pixels
+        model.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
+    return model.float().eval()
+
 
 def choose_precision(device):
     """The dtype to compute the encoders in; the weights stay float32."""
@@ -502,6 +373,7 @@ def choose_precision(device):
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
+
 def run_blocks(transformer, tokens, attend, read):
     """CLIP's residual attention blocks on packed tokens [T, width] → rows `read` of the result.
 
@@ -510,48 +382,45 @@ def run_blocks(transformer, tokens, attend, read):
     put into the weights, which are smaller than what they are multiplied with.
     """
     for block in transformer.resblocks:
-        normed = layer_norm(tokens, block.ln_1)
-        mixed = attend(F.linear(normed, block.attn.in_proj_weight, block.attn.in_proj_bias))
+        projection, mlp = block.attn.in_proj_weight, block.mlp
+        mixed = attend(F.linear(block.ln_1(tokens), projection, block.attn.in_proj_bias))
         if block is transformer.resblocks[-1]:
             tokens, mixed = tokens[read], mixed[read]
         tokens = tokens + block.attn.out_proj(mixed)
-        widen, narrow = block.mlp.c_fc, block.mlp.c_proj
-        normed = layer_norm(tokens, block.ln_2)
-        hidden = F.silu(F.linear(normed, widen.weight * 1.702, widen.bias * 1.702))
-        tokens = tokens + F.linear(hidden, narrow.weight / 1.702, narrow.bias)
+        hidden = F.linear(block.ln_2(tokens), mlp.c_fc.weight * 1.702, mlp.c_fc.bias * 1.702)
+        tokens = tokens + F.linear(F.silu(hidden), mlp.c_proj.weight / 1.702, mlp.c_proj.bias)
     return tokens
 
-def layer_norm(tokens, norm):
-    return F.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
-def attention(queries_keys_values, num_sequences, heads, causal):
-    """Heads of 64 over sequences of one length, [N · L, 3 · width] → [N · L, width]."""
+def attention(queries_keys_values, num_sequences, causal):
+    """Heads of 64 over sequences of one length, [S · L, 3 · width] → [S · L, width]."""
+    heads = queries_keys_values.shape[1] // 192
     split = queries_keys_values.view(num_sequences, -1, 3, heads, 64).permute(2, 0, 3, 1, 4)
     if split.is_cuda:
         mixed = F.scaled_dot_product_attention(*split, is_causal=causal)
     else:  # plain products: a sixth off the whole step in bfloat16, where the fused ones are slow
-        queries, keys, values = split.flatten(1, 2).contiguous()  # [N · heads, L, 64] each
+        queries, keys, values = split.flatten(1, 2).contiguous()  # [S · heads, L, 64] each
         scores = (queries / 8) @ keys.transpose(1, 2)
         if causal:
             scores = scores + torch.full_like(scores[0], -math.inf).triu(1)
-        mixed = (scores.softmax(-1) @ values).view(num_sequences, heads, -1, 64)
+        mixed = (scores.softmax(-1) @ values).view(split.shape[1:])
     return mixed.transpose(1, 2).reshape(len(queries_keys_values), -1)
 
-def encode_vit(visual, images):
+
+def image_tower(visual, images):
     """As visual(images): float32 [B, 3, R, R] → [B, D], the patches embedded by one product."""
     batch, grid = len(images), images.shape[-1] // (patch := visual.conv1.kernel_size[0])
     patches = images.view(batch, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
     tokens = F.linear(patches.reshape(batch, grid**2, -1), visual.conv1.weight.flatten(1))
     start = visual.class_embedding.expand(batch, 1, -1)
-    tokens = layer_norm(torch.cat([start, tokens], 1) + visual.positional_embedding, visual.ln_pre)
-    heads, length = visual.class_embedding.numel() // 64, tokens.shape[1]
-    first = torch.arange(0, batch * length, length, device=images.device)
-    def attend(queries_keys_values):
-        return attention(queries_keys_values, batch, heads, causal=False)
-    tokens = run_blocks(visual.transformer, tokens.flatten(0, 1), attend, first)
-    return layer_norm(tokens, visual.ln_post) @ visual.proj
+    tokens = visual.ln_pre(torch.cat([start, tokens], 1) + visual.positional_embedding)
+    first = torch.arange(0, batch * tokens.shape[1], tokens.shape[1], device=images.device)
+    attend = functools.partial(attention, num_sequences=batch, causal=False)
+    read = run_blocks(visual.transformer, tokens.flatten(0, 1), attend, first)
+    return visual.ln_post(read) @ visual.proj
 
-def encode_text(model, tokens):
+
+def text_tower(model, tokens):
     """As model.encode_text(tokens): int32 [C, 77] on the CPU → [C, D], without the padding.
 
     Each linear layer sees only the captions' own tokens; attention, which is causal, pads them to
@@ -563,33 +432,50 @@ def encode_text(model, tokens):
     slots = inside.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
     words = tokens[:, :longest][inside].to(device, non_blocking=True)
     end = (lengths.cumsum(0) - 1).to(device, non_blocking=True)
+
     def attend(packed):
         padded = packed.new_zeros(inside.numel(), packed.shape[1]).index_copy(0, slots, packed)
-        return attention(padded, len(tokens), model.transformer.width // 64, causal=True)[slots]
+        return attention(padded, len(tokens), causal=True)[slots]
+
     places = F.embedding(slots % longest, model.positional_embedding)  # indexing adds up gradients
     embedded = model.token_embedding(words) + places  # in any order, which is not reproducible
     read = run_blocks(model.transformer, embedded, attend, end)
-    return layer_norm(read, model.ln_final) @ model.text_projection
+    return model.ln_final(read) @ model.text_projection
 
-def to_images(pixels, device):
-    """uint8 → float32 in 0..1, on the device."""
-    return pixels.to(device, non_blocking=True).float().div(255)
 
-def encode_images(model, images, precision):
-    """Images float32 [B, 3, R, R] in 0..1 → image_features float32 [B, D] of length 1."""
-    images = (images - model.mean) / model.std
+def augment(images, draws):
+    """A random crop of at least MIN_CROP of each side, and a flip of every other picture.
+
+    images: float32 [B, 3, R, R]; draws: [B, 4 or more], uniform in 0..1.
+    """
+    side = 1 - (1 - MIN_CROP) * draws[:, 0]
+    view = torch.zeros(len(images), 2, 3, device=images.device)
+    view[:, 0, 0] = torch.where(draws[:, 3] < 0.5, side, -side)
+    view[:, 1, 1] = side
+    view[:, :, 2] = (draws[:, 1:3] * 2 - 1) * (1 - side)[:, None]
+    grid = F.affine_grid(view, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def encode_images(model, precision, pixels, draws=None):
+    """Pixels uint8 [B, 3, R, R] → image_features float32 [B, D] of length 1; augmented by draws."""
+    images = pixels.to(model.mean.device, non_blocking=True).float().div(255)
+    if draws is not None:
+        images = augment(images, draws.to(images.device, non_blocking=True))
+    images, is_vit = (images - model.mean) / model.std, hasattr(model.visual, "transformer")
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-        vit = isinstance(model.visual, clip.model.VisionTransformer)
-        image_features = encode_vit(model.visual, images) if vit else model.visual(images)
+        image_features = image_tower(model.visual, images) if is_vit else model.visual(images)
     return F.normalize(image_features.float(), dim=-1)
 
-def encode_captions(model, tokens, precision):
+
+def encode_texts(model, precision, tokens):
     """Tokens int32 [C, 77] on the CPU → text_features float32 [C, D] of length 1."""
     with torch.autocast(model.mean.device.type, precision, enabled=precision != torch.float32):
-        text_features = encode_text(model, tokens)
+        text_features = text_tower(model, tokens)
     return F.normalize(text_features.float(), dim=-1)
 
-# ---- Loss --------------------------------------------------------------------------------------
+
+# ---- Loss and step -------------------------------------------------------------------------------
 def clip_loss(image_features, text_features, logit_scale, caption_ids):
     """Symmetric contrastive loss of B pairs, a scalar (the CLIP paper, arXiv 2103.00020, figure 3).
 
@@ -602,215 +488,507 @@ def clip_loss(image_features, text_features, logit_scale, caption_ids):
     loss_per_image = F.cross_entropy(logits_per_image, targets)
     return (loss_per_image + F.cross_entropy(logits_per_image.T, targets)) / 2
 
-# ---- Step --------------------------------------------------------------------------------------
-def make_optimizer(model, weight_decay):
-    """AdamW as CLIP was trained with, decaying matrices but no norm, bias or logit_scale."""
-    parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
-def learning_rate(step, total_steps, warmup_steps, peak):
-    """The rate of a step from 0: a linear warm-up to the peak, then a cosine, 0 at total_steps."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+def in_chunks(state, encode, *inputs):
+    """encode(model, precision, *inputs) → features [B, D], state.chunk rows at a time.
 
-def augment(images, draws, min_crop):
-    """A random crop of at least min_crop of each side, and a flip of every other picture.
-
-    images: float32 [B, 3, R, R]; draws: [B, 4], uniform in 0..1.
+    One chunk is a plain call. Of several only the features are kept, and backward() encodes chunk
+    by chunk again: GradCache (Gao et al. 2021, arXiv 2101.06983), so that a batch of any size fits.
     """
-    side = 1 - (1 - min_crop) * draws[:, 0]
-    view = torch.zeros(len(images), 2, 3, device=images.device)
-    view[:, 0, 0] = torch.where(draws[:, 3] < 0.5, side, -side)
-    view[:, 1, 1] = side
-    view[:, :, 2] = (draws[:, 1:3] * 2 - 1) * (1 - side)[:, None]
-    grid = F.affine_grid(view, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    encode = functools.partial(encode, state.model, state.precision)
+    if len(inputs[0]) <= state.chunk:
+        return encode(*inputs)
+    again = functools.partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat(list(map(again, *(rows.split(state.chunk) for rows in inputs))))
 
-def chunks(count, size):
-    return [slice(start, start + size) for start in range(0, count, size)]
 
-def halving(work, run):
-    """work(run.chunk), and again with half the chunk while the device has too little memory."""
+def halving(work, state, *arguments):
+    """work(state, …), again with half the chunk each time that the device runs out of memory."""
     while True:
         try:
-            return work(run.chunk)
+            return work(state, *arguments)
         except torch.OutOfMemoryError:
-            if run.chunk == 1:
-                raise Stop("out of memory even one pair at a time: this MODEL or BATCH_SIZE is too "
-                           "large for the device") from None
+            pass
         torch.cuda.empty_cache()  # not inside except, where the error still holds the tensors
-        run.chunk = -(-run.chunk // 2)
-        tqdm.write(f"Out of memory: the same again, {run.chunk} pairs at a time.")
+        if state.chunk == 1:
+            torch.ones((), requires_grad=True).backward()  # or torch crashes as Python ends
+            sys.exit("out of memory even one pair at a time: lower BATCH_SIZE or change MODEL")
+        state.chunk = -(-state.chunk // 2)
+        tqdm.write(f"Out of memory: the same again, {state.chunk} pairs at a time.")
 
-def encode_in_chunks(run, towers):
-    """[features [count, D] of each (count, tower)], with a graph only where one chunk is enough.
 
-    tower: a slice of the count rows → their features. The features do not depend on the chunk.
+def forward_backward(state, batch, gathered):
+    """The loss of the whole batch, a scalar; its gradients by this process's pairs are added.
+
+    gathered: an empty list, which takes all processes' features. After running out of memory they
+    are used again, since the other processes do not repeat the exchange.
     """
-    none = run.model.text_projection.new_zeros(0, run.model.text_projection.shape[1])
-    def encode(chunk):
-        keep_graph = torch.is_grad_enabled() and all(count <= chunk for count, _ in towers)
-        with torch.set_grad_enabled(keep_graph):
-            return [torch.cat([none, *map(tower, chunks(count, chunk))]) for count, tower in towers]
-    return halving(encode, run)
+    state.optimizer.zero_grad()  # of an attempt that ran out of memory
+    device = state.model.mean.device
+    image_features = in_chunks(state, encode_images, batch.pixels, batch.draws)
+    captions = in_chunks(state, encode_texts, batch.tokens)
+    text_features = F.embedding(batch.which.to(device, non_blocking=True), captions)
+    own = image_features, text_features  # [b, D]; the other processes' are constants
+    gathered += [] if gathered else [gather(features.detach()) for features in own]
+    before, after = RANK * len(batch.which), (RANK + 1) * len(batch.which)
+    image_features, text_features = (
+        torch.cat([all_features[:before], features, all_features[after:]])
+        for all_features, features in zip(gathered, own, strict=True)
+    )
+    caption_ids = batch.caption_ids.to(device, non_blocking=True)
+    loss = clip_loss(image_features, text_features, state.model.logit_scale, caption_ids)
+    state.scaler.scale(loss).backward()
+    return loss.detach()
 
-def train_step(run, pixels, tokens, batch_size, total_step):
-    """One optimizer step: the same for any batch, chunk, and number of processes. Returns the loss.
 
-    The loss couples all pairs of the global batch, as in the CLIP paper. It is computed on features
-    cut off from the encoders; their gradients are then pushed back through the chunks, each encoded
-    again (GradCache, Gao et al. 2021, arXiv 2101.06983). A single chunk has kept its graph instead.
+def train_step(state, batch):
+    """One optimizer step, the same for any chunk and number of processes → the loss, a scalar.
 
-    pixels: uint8 [b, 3, R, R], tokens: int32 [b, 77]: this process's share of batch_size pairs. The
-    loss is a tensor: to read it is to wait for the device.
+    The loss couples all pairs of the batch, as in the CLIP paper. It is a tensor: to read it is to
+    wait for the device.
     """
-    model, device, mine = run.model, run.model.mean.device, my_share()
-    generator = torch.Generator().manual_seed(run.settings.SEED * 1_000_003 + total_step)
-    draws = torch.rand(batch_size, 4, generator=generator)[mine].to(device, non_blocking=True)
-    _, caption_ids = gather_rows(tokens, batch_size).unique(dim=0, return_inverse=True)
-    captions, which = tokens.unique(dim=0, return_inverse=True)  # each distinct caption once
-    caption_ids, which = (ids.to(device, non_blocking=True) for ids in (caption_ids, which))
-    def encode_pictures(rows):
-        images = augment(to_images(pixels[rows], device), draws[rows], run.settings.MIN_CROP)
-        return encode_images(model, images, run.precision)
-    towers = [(len(pixels), encode_pictures),
-              (len(captions), lambda rows: encode_captions(model, captions[rows], run.precision))]
-    features = encode_in_chunks(run, towers)
-    images, texts = (gather_rows(f.detach(), batch_size) for f in (features[0], features[1][which]))
-    def backward(chunk):
-        graphs, features[:] = list(features), [f.detach() for f in features]  # a retry has none
-        leaves = [f.clone().requires_grad_() for f in features]
-        image_features, text_features = images.clone(), texts.clone()  # the others' are constants
-        image_features[mine], text_features[mine] = leaves[0], F.embedding(which, leaves[1])
-        loss = clip_loss(image_features, text_features, model.logit_scale, caption_ids)
-        gradients = torch.autograd.grad(run.scaler.scale(loss), [*leaves, model.logit_scale])
-        run.optimizer.zero_grad()
-        model.logit_scale.grad = gradients[2]
-        for (count, tower), graph, gradient in zip(towers, graphs, gradients):
-            for rows in chunks(count, chunk):
-                (graph if graph.grad_fn else tower(rows)).backward(gradient[rows])
-        return loss.detach()
-    loss = halving(backward, run)
-    update_weights(run)
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    loss = halving(forward_backward, state, batch, [])
+    model.logit_scale.grad /= WORLD_SIZE  # of this one each process has the whole
+    sum_over_processes([parameter.grad for parameter in model.parameters()])
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=math.log(100))  # as the CLIP paper does, for stability
     return loss
 
-def update_weights(run):
-    """Sum the gradients over the processes (logit_scale's is whole on each), clip, and step."""
-    for name, parameter in run.model.named_parameters() if world_size() > 1 else ():
-        if name != "logit_scale":
-            if parameter.grad is None:  # this process had no row
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-    run.scaler.unscale_(run.optimizer)
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.MAX_GRAD_NORM)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    with torch.no_grad():
-        run.model.logit_scale.clamp_(max=math.log(100))  # as the CLIP paper does, for stability
 
-# ---- Evaluation --------------------------------------------------------------------------------
-def class_metrics(confusion):
-    """Counts [true class, predicted class] → (accuracy, precision, recall, F1 of each class).
+def make_optimizer(model):
+    """AdamW as CLIP was trained with, decaying matrices but no norm, bias or logit_scale."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others}]
+    return torch.optim.AdamW(groups, 0.0, (0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
 
-    A class that is never predicted has precision 0; one without rows has recall 0.
-    """
-    confusion = confusion.double()
-    right, predicted, rows = confusion.diag(), confusion.sum(0), confusion.sum(1)
-    precision, recall = right / predicted.clamp(min=1), right / rows.clamp(min=1)
-    return right.sum() / rows.sum(), precision, recall, 2 * right / (predicted + rows).clamp(min=1)
 
-def retrieval_recall(image_features, text_features, caption_ids, ranks=(1, 5, 10)):
+def learning_rate(step, total_steps):
+    """The rate of a step from 0: a linear warm-up to LR, then a cosine, 0 at total_steps."""
+    warmup_steps = max(1, round(WARMUP * total_steps))
+    if step < warmup_steps:
+        return LR * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return LR * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+def nearest(queries, answers, count):
+    """int64 [Q, count], the places of the nearest answers [A, D] to each query [Q, D]."""
+    count = min(count, len(answers))
+    return torch.cat([(part @ answers.T).topk(count).indices for part in queries.split(1024)])
+
+
+WAYS = ("image_to_text", "text_to_image")
+
+
+def retrieval_recall(image_features, text_features, caption_ids):
     """{"image_to_text_r1": the share of pictures whose caption is the first found, …}.
 
-    image_features [N, D]; text_features [C, D] of the distinct captions; caption_ids [N]. Every
-    picture of a caption is a right answer to it.
+    image_features [N, D]; text_features [C, D]; caption_ids [N]. Every picture of a caption is a
+    right answer to it.
     """
-    def nearest(queries, answers):
-        count = min(max(ranks), len(answers))
-        return torch.cat([(part @ answers.T).topk(count).indices for part in queries.split(1024)])
-    texts, images = nearest(image_features, text_features), nearest(text_features, image_features)
-    captions = torch.arange(len(text_features), device=caption_ids.device)
-    hits = {"image_to_text": texts == caption_ids[:, None],
-            "text_to_image": caption_ids[images] == captions[:, None]}
-    return {f"{way}_r{k}": right[:, :k].any(1).double().mean().item()
-            for way, right in hits.items() for k in ranks}
+    captions = torch.arange(len(text_features), device=caption_ids.device)[:, None]
+    hits = {
+        "image_to_text": nearest(image_features, text_features, 10) == caption_ids[:, None],
+        "text_to_image": caption_ids[nearest(text_features, image_features, 10)] == captions,
+    }
+    ways = [(way, right, k) for way, right in hits.items() for k in (1, 5, 10)]
+    return {f"{way}_r{k}": right[:, :k].any(1).double().mean().item() for way, right, k in ways}
+
+
+def classification(confusion):
+    """{"accuracy", "macro_f1"} of counts [K, K] by true and predicted class, of classes with rows."""
+    right, predicted, rows = confusion.diag(), confusion.sum(0), confusion.sum(1)
+    f1 = 2 * right / (predicted + rows).clamp(min=1)
+    return {"accuracy": (right.sum() / rows.sum()).item(), "macro_f1": f1[rows > 0].mean().item()}
+
+
+def encode_all(state, encode, batches):
+    """The features float32 [N, D] of all batches; between two of them a signal can end the run."""
+    features = []
+    for batch in batches:
+        features.append(halving(in_chunks, state, encode, batch))
+        leave_if_told(state)
+    return torch.cat(features)
+
 
 @torch.no_grad()
-def encode_split(run, dataset, texts):
-    """→ (image_features [N, D], text_features [T, D], the rows [N] whose pictures were read).
+def evaluate(state, dataset):
+    """Zero-shot classification and retrieval on a split; every process does all of it.
 
-    texts: tokens [T, 77]. The processes share the work.
+    Returns (metrics, confusion int64 [K, K] by true and predicted class, image_features [N, D],
+    text_features [C, D]).
     """
-    model, device, own = run.model, run.model.mean.device, texts[my_share()]
-    every_row, features, rows_read = torch.arange(len(dataset)), [], []
-    share = every_row[my_share()]
-    loader = load_batches(run, dataset, (share if len(share) else every_row[:1]).split(256))
-    for pixels, _, rows in loader:
-        def encode_pictures(part):
-            return encode_images(model, to_images(pixels[part], device), run.precision)
-        features += encode_in_chunks(run, [(len(rows), encode_pictures)])
-        rows_read.append(rows)
-    image_features, rows = (torch.cat(parts)[: len(share)] for parts in (features, rows_read))
-    text_features, = encode_in_chunks(
-        run, [(len(own), lambda part: encode_captions(model, own[part], run.precision))])
-    return (gather_rows(image_features, len(dataset)), gather_rows(text_features, len(texts)),
-            gather_rows(rows[:, None], len(dataset))[:, 0])
-
-def rows_to_search(dataset, seed, count=8):
-    """Rows of different captions, of all classes in turns, those that have a title first."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    by_class, distinct = {}, {}
-    for row in sorted(order, key=lambda row: not dataset.records[row].titled):
-        by_class.setdefault(dataset.records[row].class_label, []).append(row)
-    for turn in zip_longest(*by_class.values()):
-        for row in turn:
-            if row is not None:
-                distinct.setdefault(dataset.records[row].caption, row)
-    return list(distinct.values())[:count]
-
-def evaluate(run, dataset):
-    """Zero-shot classification and retrieval on a split → (metrics, view), the latter for pictures:
-
-    "confusion" [K, K]: rows by true and predicted class; "searched" [S]: rows whose captions were
-    searched for, and "found" [S, 5]: the rows of the nearest pictures.
-    """
-    start, settings, labels = time.perf_counter(), run.settings, run.class_labels
-    prompts, _ = tokenize([prompt for label in labels for prompt in class_prompts(label, settings)])
-    captions = dataset.tokens[: len(dataset.captions)]
-    run.interrupts.at_once = world_size() == 1  # nothing changes here; several would wait for one
-    image_features, texts, rows = encode_split(run, dataset, torch.cat([captions, prompts]))
-    run.interrupts.at_once = False
-    text_features, class_features = texts.split([len(captions), len(prompts)])
-    class_features = class_features.view(len(labels), len(settings.PROMPTS), -1).mean(1)
-    predicted = (image_features @ F.normalize(class_features, dim=-1).T).argmax(1).cpu()
-    truth = torch.tensor([labels.index(record.class_label) for record in dataset.records])[rows]
-    confusion = torch.bincount(truth * len(labels) + predicted, minlength=len(labels) ** 2)
-    confusion = confusion.view(len(labels), len(labels))
-    caption_ids, loss = dataset.caption_ids[rows].to(image_features.device), 0.0
-    for batch in epoch_batches(dataset, settings, epoch=0)[1]:  # shuffled, unlike the file
-        ids, scale = caption_ids[batch], run.model.logit_scale
-        batch_loss = clip_loss(image_features[batch], text_features[ids], scale, ids).item()
-        loss += batch_loss * len(batch) / len(rows)
-    accuracy, _, _, f1 = class_metrics(confusion)
-    macro_f1 = f1[confusion.sum(1) > 0].mean()
-    metrics = {"loss": loss, "accuracy": accuracy.item(), "macro_f1": macro_f1.item()}
+    start, num_classes = time.perf_counter(), len(dataset.class_labels)
+    pictures = load_ahead(lambda rows: dataset[rows][0], torch.arange(len(dataset)).split(256))
+    image_features = encode_all(state, encode_images, pictures)
+    text_features = encode_all(state, encode_texts, dataset.tokens.split(256))
+    class_features = F.normalize(text_features[dataset.prompt_ids].mean(1), dim=-1)  # [K, D]
+    text_features = text_features[: dataset.num_captions]
+    predicted = nearest(image_features, class_features, 1).squeeze(1).cpu()
+    confusion = torch.bincount(dataset.labels * num_classes + predicted, minlength=num_classes**2)
+    confusion = confusion.view(num_classes, num_classes)
+    caption_ids, loss = dataset.caption_ids.to(image_features.device), 0.0
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(SEED))
+    for rows in order.to(caption_ids.device).split(state.batch_size):  # shuffled, unlike the file
+        ids, scale = caption_ids[rows], state.model.logit_scale
+        batch_loss = clip_loss(image_features[rows], text_features[ids], scale, ids)
+        loss += batch_loss.item() * len(rows) / len(dataset)
+    metrics = {"loss": loss} | classification(confusion)
     metrics |= retrieval_recall(image_features, text_features, caption_ids)
     seconds = time.perf_counter() - start
-    searched = torch.tensor(rows_to_search(dataset, settings.SEED))
-    queries = text_features[dataset.caption_ids[searched]]
-    found = rows[(queries @ image_features.T).topk(min(5, len(rows))).indices.cpu()]
-    return (metrics | {"seconds": seconds, "pairs_per_second": len(rows) / seconds},
-            {"confusion": confusion, "searched": searched, "found": found})
+    metrics |= {"seconds": seconds, "pairs_per_second": len(dataset) / seconds}
+    return metrics, confusion, image_features, text_features
 
-def score(metrics):
-    """What best.pt is best in: the mean of what people do, classify and search both ways."""
-    return (metrics["accuracy"] + metrics["image_to_text_r5"] + metrics["text_to_image_r5"]) / 3
 
-# ---- Pictures ----------------------------------------------------------------------------------
+def best_line(history):
+    """The line of metrics.jsonl of the best epoch: what people do is classify and search."""
+
+    def score(line):
+        return line["accuracy"] + line["image_to_text_r5"] + line["text_to_image_r5"]
+
+    return max((line for line in history if line["split"] == "val"), key=score)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+@dataclass
+class State:
+    """A run: what training changes and last.pt keeps, and what it needs besides."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # scales in float16 only
+    precision: torch.dtype
+    batch_size: int  # pairs a step, of all processes
+    chunk: int  # pairs that this process encodes at a time
+    made_from: dict  # what has to be the same to go on: constants and rows
+    signals: list = field(default_factory=list)  # received since training began
+    history: list = field(default_factory=list)  # the lines of metrics.jsonl
+    epoch: int = 0  # 0 is the evaluation before training
+    step: int = 0  # steps done in the epoch
+    loss_sum: float | torch.Tensor = 0.0  # of these; a tensor until it is waited for
+    finished: bool = False
+
+
+SHAPING = """MODEL BATCH_SIZE NUM_EPOCHS LR WEIGHT_DECAY WARMUP MAX_GRAD_NORM CLASS_PROMPT_SHARE
+             MIN_CROP SEED PROMPTS CLASS_NAMES"""  # the constants that make training what it is
+PROGRESS = ("history", "epoch", "step", "loss_sum", "finished")
+
+
+def new_state(model, splits):
+    """The run as it starts, on the model's device."""
+    device, pairs = model.mean.device, min(BATCH_SIZE, len(splits["train"]))
+    if (batch_size := pairs // WORLD_SIZE * WORLD_SIZE) == 0:
+        sys.exit(f"{WORLD_SIZE} processes cannot share a batch of {pairs}: start fewer")
+    made_from = {name: globals()[name] for name in SHAPING.split()} | {"BATCH_SIZE": batch_size}
+    for split, dataset in splits.items():
+        rows = repr(dataset.records).encode("utf-8", "replace")
+        made_from[f"the rows of {split}"] = hashlib.sha256(rows).hexdigest()[:12]
+    precision, chunk = choose_precision(device), CHUNK_SIZE or batch_size // WORLD_SIZE
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    return State(model, make_optimizer(model), scaler, precision, batch_size, chunk, made_from)
+
+
+def mean_loss(state):
+    """The epoch's mean loss so far, waiting for the device. Stops at a broken loss or weight."""
+    weights = torch.nn.utils.get_total_norm(state.model.parameters())
+    if not math.isfinite(state.loss_sum + weights):
+        where = f"by step {state.step} of epoch {state.epoch}"
+        advice = f"lower LR; {OUTPUT_PATH} holds the last good weights"
+        sys.exit(f"the loss or a weight is not finite {where}: {advice}")
+    state.loss_sum = float(state.loss_sum)
+    return state.loss_sum / max(1, state.step)
+
+
+def save_run(state):
+    """Write last.pt, from which the run goes on exactly."""
+    mean_loss(state)
+    if RANK == 0:
+        parts = {name: getattr(state, name) for name in ("model", "optimizer", "scaler")}
+        parts = {name: part.state_dict() for name, part in parts.items()}
+        save("last.pt", parts | {name: getattr(state, name) for name in ("made_from", *PROGRESS)})
+
+
+def resume(state):
+    """Go on from last.pt, where there is one. Stops where it is of another training."""
+    if not os.path.exists(path := f"{OUTPUT_PATH}/last.pt"):
+        return
+    instead = "or set another OUTPUT_PATH to start anew"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        old, new = saved.pop("made_from"), state.made_from
+        changed = [name for name in new | old if old.get(name) != new.get(name)]
+        for name, value in () if changed else saved.items():
+            if name in PROGRESS:
+                setattr(state, name, value)
+            elif value:  # a scaler that scales nothing has saved nothing
+                getattr(state, name).load_state_dict(value)
+    except Exception as error:
+        sys.exit(f"{path} is no checkpoint of this script ({one_line(error)}). Move it, {instead}")
+    if changed:
+        changes = "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in changed)
+        sys.exit(f"{path} is of another training: {changes}. Set it back to go on, {instead}")
+    if not state.finished:
+        say(f"Going on from {path}: epoch {state.epoch}, of which {state.step} steps are done.")
+
+
+def train_epoch(state, dataset, bar):
+    """Train from step state.step to the epoch's end, saving every 10 minutes → metrics of it."""
+    first, start, saved = state.step, time.perf_counter(), time.monotonic()
+    steps = len(dataset) // state.batch_size
+    for batch in epoch_batches(dataset, state.epoch, state.batch_size, first):
+        rate = learning_rate((state.epoch - 1) * steps + state.step, NUM_EPOCHS * steps)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.loss_sum = state.loss_sum + train_step(state, batch)
+        state.step += 1
+        bar.update()
+        if state.step % 20 == 0:
+            bar.set_postfix(loss=f"{mean_loss(state):.3f}")
+        if time.monotonic() > saved + 600:
+            save_run(state)
+            saved = time.monotonic()
+        leave_if_told(state)
+    seconds = time.perf_counter() - start
+    rate = (steps - first) * state.batch_size / seconds
+    return {"train_loss": mean_loss(state), "seconds": seconds, "pairs_per_second": rate}
+
+
+def log(state, split, epoch, metrics):
+    """Add a line to metrics.jsonl and to what is printed."""
+    state.history.append({"epoch": epoch, "split": split} | metrics)
+    if RANK == 0:
+        write_lines("metrics.jsonl", state.history)
+    if len(state.history) == 1:
+        say("\nepoch split    loss accuracy macro-F1  image→text R@1, 5, 10  text→image R@1, 5, 10")
+    recall = {way: " ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10)) for way in WAYS}
+    scores = f"{metrics['loss']:7.3f} {metrics['accuracy']:8.3f} {metrics['macro_f1']:8.3f}"
+    say(f"{epoch:5} {split:5} {scores}      " + "      ".join(recall.values()))
+
+
+def train(state, splits):
+    """Evaluate, then train and evaluate epoch by epoch, keeping the best weights and the last."""
+    steps = len(splits["train"]) // state.batch_size
+    done = max(0, state.epoch - 1) * steps + state.step
+    with tqdm(desc="training", total=NUM_EPOCHS * steps, initial=done, disable=QUIET) as bar:
+        while state.epoch <= NUM_EPOCHS:
+            trained = train_epoch(state, splits["train"], bar) if state.epoch > 0 else {}
+            metrics, *_ = evaluate(state, splits["val"])
+            log(state, "val", state.epoch, metrics | trained)
+            if best_line(state.history) is state.history[-1] and RANK == 0:
+                save("best.pt", {name: w.cpu() for name, w in state.model.state_dict().items()})
+            state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
+            save_run(state)
+
+
+def finish(state, splits):
+    """Evaluate the start and best.pt, and draw them; where it is interrupted, all of it again."""
+    wait_for_all()  # best.pt is written
+    val, best_file, views = splits["val"], f"{OUTPUT_PATH}/best.pt", []
+    for weights in (MODEL, best_file):
+        state.model.load_state_dict(load_clip(weights).state_dict())
+        views.append(evaluate(state, val)[1:])
+    best_epoch = best_line(state.history)["epoch"]
+    if "test" in splits and state.history[-1]["split"] == "val":
+        log(state, "test", best_epoch, evaluate(state, splits["test"])[0])
+    if RANK == 0:
+        draw_curves(state.history, best_epoch)
+        draw_confusion(val.class_labels, [confusion for confusion, *_ in views])
+        draw_retrieval(val, [features for _, *features in views])
+    leave_if_told(state)
+    state.finished = True
+    save_run(state)
+    say(f"\nThe best weights, of epoch {best_epoch}, are in {best_file}. To use them:")
+    say(f'    model, preprocess = clip.load("{best_file}")')
+
+
+# ---- Processes and signals -----------------------------------------------------------------------
+names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # set by torchrun
+RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in names)
+QUIET = True if RANK > 0 else None  # tqdm: show no bar; None: none in a log file
+
+
+def prepare_machine():
+    """Set up memory and output, meet the other processes, if any → this one's device."""
+    with suppress(AttributeError, OSError, TypeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt  # keep what is freed: to get it anew was a third
+        mallopt(-1, -1)  # of a step of 256 pairs. M_TRIM_THRESHOLD: never shrink
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a notebook's own
+            stream.reconfigure(errors="replace")  # Windows' code pages lack most letters
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # one bad picture, left out
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each length of captions
+    if WORLD_SIZE > 1:
+        backend = "cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take hours
+        all_reduce(torch.zeros(1, device=device))  # NCCL takes its memory now, not at the peak
+    if cuda:  # half a GB for what takes memory beside torch; else Windows' driver spills into RAM
+        free, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(max(0.0, (free - 2**29) / total))
+    return device
+
+
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    """The sum, or another operation, of all processes' tensors, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
+def gather(share):
+    """[b, D] of each process → [B, D] of all, by rank. Sums with zeros are exact."""
+    shares = share.new_zeros(WORLD_SIZE, *share.shape)
+    shares[RANK] = share
+    return all_reduce(shares).flatten(0, 1)
+
+
+def sum_over_processes(tensors):
+    """Each tensor's sum over the processes, in place, many in one flat bucket."""
+    for start in range(0, len(tensors) if WORLD_SIZE > 1 else 0, 50):
+        bucket = tensors[start : start + 50]
+        flat = all_reduce(torch.nn.utils.parameters_to_vector(bucket))
+        torch.nn.utils.vector_to_parameters(flat, bucket)
+
+
+def wait_for_all():
+    """Return when all processes are here; a signal is heard meanwhile."""
+    if WORLD_SIZE > 1:
+        meeting = dist.all_reduce(torch.zeros(1), async_op=True)
+        while not meeting.is_completed():
+            time.sleep(0.02)
+
+
+def in_turns(work, turn, turns):
+    """work(), by each process in its turn of so many, after those of the earlier turns."""
+    for now in range(turns):
+        if now == turn:
+            result = work()
+        wait_for_all()
+    return result
+
+
+def on_signals(handler):
+    """Have Ctrl-C and SIGTERM call handler(number, frame)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def leave(number, _frame):
+    """End a run in which nothing is half done. SystemExit is no Exception: nothing swallows it."""
+    os.write(2, b"Stopped before training: there was nothing to save.\n")
+    sys.exit(128 + number)
+
+
+def leave_if_told(state):
+    """End the run, saved, where one of its processes was told to by Ctrl-C or SIGTERM."""
+    told = int(all_reduce(torch.tensor(max(state.signals, default=0)), dist.ReduceOp.MAX))
+    if told:
+        if state.epoch <= NUM_EPOCHS:  # later all is saved, and other weights are evaluated
+            save_run(state)
+        say(f"Stopped and saved in {OUTPUT_PATH}/last.pt: the same command goes on from there.")
+        wait_for_all()
+        sys.exit(128 + told)
+
+
+def say(line):
+    """Print above the progress bar, from the first process only."""
+    if RANK == 0:
+        tqdm.write(line)
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# ---- Files and constants -------------------------------------------------------------------------
+@contextmanager
+def replacing(path, temporary=None, unless=lambda: False):
+    """A file to write; on success it is flushed to disk and takes the name at once, unless()."""
+    temporary = temporary or f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if not unless():
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        failure = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
+        if not isinstance(failure, OSError):
+            raise
+        sys.exit(f"cannot write {path}: {failure.strerror}; what it held is untouched")
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def save(name, state):
+    with replacing(f"{OUTPUT_PATH}/{name}") as file:
+        torch.save(state, file)
+
+
+def write_lines(name, rows):
+    with replacing(f"{OUTPUT_PATH}/{name}") as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def check_constants():
+    """Stop where a constant cannot work, before anything is read."""
+
+    def number(low, high=math.inf, kinds=(int, float)):
+        return lambda value: type(value) in kinds and low <= value <= high
+
+    def texts(values, part=""):
+        return len(values) > 0 and all(isinstance(text, str) and part in text for text in values)
+
+    whole, some = functools.partial(number, kinds=(int,)), sys.float_info.min
+    rules = [
+        ("IMAGE_PATH JSON_PATH OUTPUT_PATH CACHE_PATH MODEL", lambda v: texts([v]) and v, "a text"),
+        ("BATCH_SIZE", whole(2), "a whole number, 2 or more"),
+        ("NUM_EPOCHS SEED", whole(0, 2**32), "a whole number, 0 or more"),
+        ("CHUNK_SIZE", lambda v: v is None or whole(1)(v), "None or a whole number, 1 or more"),
+        ("LR", number(some, sys.float_info.max), "a number above 0"),
+        ("MAX_GRAD_NORM", number(some), "a number above 0"),
+        ("WEIGHT_DECAY WARMUP CLASS_PROMPT_SHARE", number(0, 1), "a number from 0 to 1"),
+        ("MIN_CROP", number(some, 1), "a number above 0, at most 1"),
+        (
+            "PROMPTS",
+            lambda v: texts([v] if isinstance(v, str) else v, "{}"),
+            "texts with {} in them",
+        ),
+        ("CLASS_NAMES", lambda v: not v or texts([*v, *v.values()]), "a dictionary of texts"),
+    ]
+    for name, works, must_be in ((name, *rule) for names, *rule in rules for name in names.split()):
+        value, works_well = globals()[name], False
+        with suppress(TypeError, AttributeError):
+            works_well = works(value)
+        if not works_well:
+            sys.exit(f"{name} is {value!r}; it must be {must_be}")
+    for name in ("OUTPUT_PATH", "CACHE_PATH"):
+        try:
+            os.makedirs(globals()[name], exist_ok=True)
+        except OSError as error:
+            sys.exit(f"{name}: cannot make the folder {globals()[name]} ({error.strerror})")
+    if not os.path.isdir(IMAGE_PATH):
+        sys.exit(f"IMAGE_PATH: there is no folder {IMAGE_PATH}; set it to yours")
+    if not os.path.isfile(train_path := JSON_PATH.replace("{split}", "train")):
+        sys.exit(f"JSON_PATH: there is no file {train_path}; set it to where yours are")
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
 def drawable(text, width, otherwise):
     """The text with … for what the font lacks, in two lines at most; the other if it lacks all."""
     font = get_font(findfont("DejaVu Sans"))
@@ -818,410 +996,124 @@ def drawable(text, width, otherwise):
     text = re.sub(r"…[…\s]*", "… ", known) if any(map(str.isalnum, known)) else otherwise
     return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder=" …"))
 
-def save_figure(run, name, figure):
-    with replacing(os.path.join(run.settings.OUTPUT_PATH, name)) as temporary:
-        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight", pad_inches=0.15)
 
-def draw_curves(run):
-    """curves.png: the epochs' lines of metrics.jsonl, and the learning rate."""
-    epochs = [line for line in run.history if line["split"] != "test" and "share" not in line]
-    panels = {"loss": {"train": "train_loss", "val": "loss"},
-              "classes, val": {"accuracy": "accuracy", "macro-F1": "macro_f1"},
-              "retrieval, val": {f"{way.replace('_to_', ' → ')} R@{k}": f"{way}_r{k}"
-                                 for way in ("text_to_image", "image_to_text") for k in (1, 5)}}
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    loss, rate, *shares = figure.subplots(2, 2).flat
-    for panel, (title, lines) in zip([loss, *shares], panels.items()):
-        for name, key in lines.items():
-            points = [(line["epoch"], line[key]) for line in epochs if key in line]
-            if points:
-                panel.plot(*zip(*points), marker=".", label=name)
-        panel.set_visible(bool(panel.lines))  # without val only the first
-        panel.axvline(run.best_epoch, color="grey", linestyle=":", label="best epoch")
-        panel.set_title(title)
+def save_figure(name, figure):
+    with replacing(f"{OUTPUT_PATH}/{name}") as file:
+        figure.savefig(file, format="png", dpi=100, bbox_inches="tight", pad_inches=0.15)
+
+
+def draw_curves(history, best_epoch):
+    """curves.png: the epochs' lines of metrics.jsonl."""
+    shares = [f"{way}_r{k}" for way in WAYS for k in (1, 5)]
+    panels = {"loss": ["train_loss", "loss"], "classes": ["accuracy", "macro_f1"], "search": shares}
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    for panel, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for key in keys:
+            lines = [line for line in history if line["split"] == "val" and key in line]
+            epochs, values = [line["epoch"] for line in lines], [line[key] for line in lines]
+            panel.plot(epochs, values, marker=".", label=key)
+        panel.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
+        panel.set(title=f"{title}, val", xlabel="epoch (0 is before training)")
+        panel.set_ylim((None, None) if title == "loss" else (-0.03, 1.03))
         panel.legend()
-    for panel in shares:
-        panel.set_ylim(-0.03, 1.03)
-    steps = range(run.schedule[0])
-    rate.plot([step / run.steps for step in steps],
-              [learning_rate(step, *run.schedule) for step in steps])
-    rate.set_title("learning rate")
-    for panel in figure.axes:
         panel.grid(alpha=0.3)
         panel.locator_params("x", integer=True)
-    figure.supxlabel("epoch (0 is before training)", fontsize=10)
-    save_figure(run, "curves.png", figure)
+    save_figure("curves.png", figure)
 
-def draw_confusion(run):
+
+def draw_confusion(class_labels, confusions):
     """confusion.png: of each class, the percentages taken for each class, before and after."""
-    names = [drawable(name, 30, f"class {i}") for i, name in enumerate(run.class_labels, 1)]
+    names = [drawable(name, 30, f"class {i}") for i, name in enumerate(class_labels, 1)]
     side = max(2.5, 0.32 * len(names))  # inches
     margin = 0.8 + 0.08 * max(len(line) for name in names for line in name.split("\n"))
     figure = Figure(figsize=(2 * side + margin, side + margin + 0.3), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, when, title in zip(panels, ("before", "best"), ("before training", "after")):
-        confusion = run.views[when]["confusion"]
+    panels, whens = figure.subplots(1, 2, sharey=True), ("before training", "after")
+    for panel, confusion, when in zip(panels, confusions, whens, strict=True):
         shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-        panel.imshow(shares.numpy(), cmap="Greens", vmin=0, vmax=1)
+        panel.imshow(shares, cmap="Greens", vmin=0, vmax=1)
         for true, predicted in shares.ge(0.005).nonzero().tolist():
-            share = shares[true, predicted].item()
-            panel.text(predicted, true, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
-                       color="white" if share > 0.5 else "black")
-        panel.set_title(f"{title}: {class_metrics(confusion)[0]:.0%} right")
+            share = float(shares[true, predicted])
+            style = {"color": "white" if share > 0.5 else "black", "fontsize": 8}
+            panel.text(predicted, true, f"{100 * share:.0f}", ha="center", va="center", **style)
+        accuracy = classification(confusion)["accuracy"]
+        panel.set(title=f"{when}: {accuracy:.0%} right", xlabel="predicted")
         panel.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
         panel.set_yticks(range(len(names)), names, parse_math=False)
-        panel.set_xlabel("predicted")
     panels[0].set_ylabel("class, and the % of its pictures")
-    save_figure(run, "confusion.png", figure)
+    save_figure("confusion.png", figure)
+
 
 def picture_strip(dataset, rows, query):
-    """The rows' pictures side by side, uint8 [H, W, 3], framed where they answer the record."""
-    strip, edge = [], max(2, dataset.resolution // 16)
+    """The rows' pictures side by side, uint8 [H, W, 3], framed where they answer the query's."""
+    strip, side = [], dataset.pixels.shape[-1]
+    edge = max(2, side // 16)
     for row in rows:
-        record, pixels = dataset.records[row], dataset[row][0]
-        color = ((20, 130, 50) if record.caption == query.caption else  # the very one
-                 (165, 220, 170) if record.class_label == query.class_label else (255, 255, 255))
+        same_caption = dataset.caption_ids[row] == dataset.caption_ids[query]
+        same_class = dataset.labels[row] == dataset.labels[query]
+        color = (
+            (20, 130, 50) if same_caption else (165, 220, 170) if same_class else (255, 255, 255)
+        )
         frame = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1)
-        frame = frame.repeat(1, *(side + 2 * edge for side in pixels.shape[1:]))
-        frame[:, edge:-edge, edge:-edge] = pixels
+        frame = frame.repeat(1, side + 2 * edge, side + 2 * edge)
+        frame[:, edge:-edge, edge:-edge] = dataset.pixels[dataset.cache_rows[row]]
         strip.append(F.pad(frame, (0, edge), value=255))
-    return torch.cat(strip, 2).permute(1, 2, 0).numpy()
+    return torch.cat(strip, 2).permute(1, 2, 0)
 
-def draw_retrieval(run, val):
-    """retrieval.png: the pictures found for a few captions, before training and after."""
-    searched = run.views["best"]["searched"].tolist()
-    columns = min(2, len(searched))
-    rows = -(-len(searched) // columns)
-    figure = Figure(figsize=(6.6 * columns, 2.8 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(2 * rows, columns, squeeze=False)
+
+def draw_retrieval(dataset, features):
+    """retrieval.png: the pictures found for eight captions at most, before training and after."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(SEED)).tolist()
+    titled_last = sorted(order, key=lambda row: dataset.records[row].titled)
+    queries = list({int(dataset.caption_ids[row]): row for row in titled_last}.values())[-8:]
+    columns = min(2, len(queries))
+    lines = -(-len(queries) // columns)
+    figure = Figure(figsize=(6.6 * columns, 2.8 * lines + 0.4), layout="constrained")
+    axes = figure.subplots(2 * lines, columns, squeeze=False)
     for panel in axes.flat:
         panel.set_frame_on(False)
         panel.set(xticks=[], yticks=[])
-    for i, query in enumerate(val.records[row] for row in searched):
-        pair = axes[2 * (i // columns) :, i % columns]
-        for panel, when, label in zip(pair, ("before", "best"), ("before", "after")):
-            panel.imshow(picture_strip(val, run.views[when]["found"][i].tolist(), query))
-            panel.set_ylabel(label)
-        class_prompt = drawable(class_prompts(query.class_label, run.settings)[0], 70, "a title")
-        title = drawable(query.caption, 70, otherwise=class_prompt)
+    for i, query in enumerate(queries):
+        pair, record = axes[i // columns * 2 :][:2, i % columns], dataset.records[query]
+        for panel, when, (images, texts) in zip(pair, ("before", "after"), features, strict=True):
+            found = nearest(texts[dataset.caption_ids[query]][None], images, 5)[0].tolist()
+            panel.imshow(picture_strip(dataset, found, query))
+            panel.set_ylabel(when)
+        prompt = drawable(class_prompts(record.class_label)[0], 70, "a title")
+        title = drawable(record.caption, 70, otherwise=prompt)
         pair[0].set_title(title, loc="left", fontsize=11, parse_math=False)
-    figure.supxlabel("dark frame: the caption's own picture; light: another of its class",
-                     fontsize=10)
-    save_figure(run, "retrieval.png", figure)
+    figure.supxlabel(
+        "dark frame: the caption's own picture; light: another of its class", fontsize=10
+    )
+    save_figure("retrieval.png", figure)
 
-# ---- Checkpoints -------------------------------------------------------------------------------
-def new_progress():
-    """What a run keeps in last.pt beside its weights. The random draws follow from the numbers."""
-    return {"epoch": 0,  # 0 is the evaluation before training
-            "step": 0,  # steps done in the epoch
-            "losses": [],  # of those steps; the last are tensors, still on the device
-            "history": [],  # the lines of metrics.jsonl
-            "best_epoch": None, "best_score": -1.0,
-            "views": {},  # of val, "before" training and with the "best" weights
-            "best_share": None,  # of best.pt that is not the start's weights, once that is decided
-            "finished": False}
 
-def shaping(run):
-    """What makes the training what it is: the rows, and all constants but the machine's."""
-    free = ("IMAGE_PATH", "JSON_PATH", "OUTPUT_PATH", "CACHE_PATH", "CHUNK_SIZE", "MAX_WORKERS",
-            "SAMPLE_RUN")
-    settings = {name: value for name, value in vars(run.settings).items() if name not in free}
-    return settings | {"the train rows": run.train_rows}
-
-def save_run(run):
-    """Write last.pt, from which the run goes on exactly. Not where the loss was not finite."""
-    require_finite(run)
-    if rank() == 0:
-        state = {name: getattr(run, name) for name in new_progress()}
-        for name in ("model", "optimizer", "scaler"):
-            state[name] = getattr(run, name).state_dict()
-        save(run.last, state | {"settings": shaping(run)})
-
-def save_best(run):
-    """Write best.pt: plain float32 tensors, which clip.load and other tools read."""
-    if rank() == 0:
-        save(run.best, {name: tensor.cpu() for name, tensor in run.model.state_dict().items()})
-
-def resume_run(run):
-    """Go on from last.pt, if there is one of the same training."""
-    if not os.path.exists(run.last):
-        return
-    try:
-        state = torch.load(run.last, map_location="cpu", weights_only=True)
-        old, new = state.pop("settings"), shaping(run)
-        changed = [name for name in new | old if old.get(name) != new.get(name)]
-        for name in () if changed else state:
-            if name in new_progress():
-                setattr(run, name, state[name])
-            else:
-                getattr(run, name).load_state_dict(state[name])
-    except Exception as error:
-        raise Stop(f"{run.last} is no checkpoint of this script ({one_line(error)}). Move it away "
-                   "to start anew, or set another OUTPUT_PATH") from None
-    if changed:
-        changes = (f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
-        raise Stop(f"{run.last} is from a run with other constants: {'; '.join(changes)}. Set them "
-                   "back to go on with it, or set another OUTPUT_PATH to start anew")
-    say(f"Going on from {run.last}: epoch {run.epoch}, of which {run.step} steps are done.")
-
-def require_finite(run):
-    """Read the last losses, which waits for the device, and stop where one is not finite."""
-    first = max(0, len(run.losses) - 20)
-    run.losses[first:] = map(float, run.losses[first:])
-    for step, loss in enumerate(run.losses[first:], first + 1):
-        if not math.isfinite(loss):
-            raise Stop(f"the loss is {loss} in step {step} of epoch {run.epoch}: try a lower LR. "
-                       f"{run.settings.OUTPUT_PATH} holds the last good weights")
-
-class Interrupted(Exception):
-    """The run has been told to end. Its argument is the signal's number."""
-
-class Interrupts:
-    """Ctrl-C and SIGTERM: at once where nothing is half done, else noted for check()."""
-
-    def __init__(self):
-        self.number, self.at_once = None, True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number, _frame):
-        if self.at_once:
-            raise Interrupted(number)
-        if number == self.number == signal.SIGINT:  # a second Ctrl-C does not wait
-            os._exit(128 + number)
-        self.number = self.number or number
-
-    def check(self):
-        """Raises Interrupted in every process once one of them has been told."""
-        for number in filter(None, everyone(self.number)):
-            raise Interrupted(number)
-
-def leave_signals(_worker):
-    """Ctrl-C reaches worker processes too, but it is for the main process to end them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-# ---- Training ----------------------------------------------------------------------------------
-def epoch_batches(dataset, settings, epoch):
-    """→ (the dataset with this epoch's captions, its batches of rows), both by seed and epoch."""
-    generator = torch.Generator().manual_seed(settings.SEED * 1_000_003 + epoch)
-    batches = torch.randperm(len(dataset), generator=generator).split(settings.BATCH_SIZE)
-    return dataset.with_prompts(settings.CLASS_PROMPT_SHARE, generator), batches
-
-def load_batches(run, dataset, batches):
-    """A DataLoader of these batches of rows; from the cache it needs no worker processes."""
-    return DataLoader(dataset, batch_sampler=batches, pin_memory=run.model.mean.is_cuda,
-                      num_workers=run.num_workers if dataset.pixels is None else 0,
-                      worker_init_fn=leave_signals)
-
-def train_epoch(run, dataset, bar):
-    """Train from step run.step to the epoch's end, saving every 10 minutes → metrics of it."""
-    settings, first, pairs, saved = run.settings, run.step, 0, time.monotonic()
-    start = after_first = time.perf_counter()
-    dataset, batches = epoch_batches(dataset, settings, run.epoch)
-    batches = batches[first:]
-    shares = [rows[my_share()] if len(rows) > rank() else rows[:1] for rows in batches]
-    for rows, (pixels, tokens, _) in zip(batches, load_batches(run, dataset, shares)):
-        total_step = (run.epoch - 1) * run.steps + run.step
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(total_step, *run.schedule)
-        own = len(rows[my_share()])  # 0 where a last batch has fewer rows than there are processes
-        run.losses.append(train_step(run, pixels[:own], tokens[:own], len(rows), total_step))
-        run.step, pairs = run.step + 1, pairs + len(rows)
-        bar.update()
-        run.interrupts.check()
-        if run.step == first + 1:  # which takes longer than the others
-            after_first = time.perf_counter()
-        if (run.step - first) % 20 == 5:
-            require_finite(run)
-            show_pace(run, bar, (time.perf_counter() - after_first) / (run.step - first - 1))
-        if time.monotonic() > saved + 600:
-            save_run(run)
-            saved = time.monotonic()
-    require_finite(run)
-    return {"train_loss": sum(run.losses) / len(run.losses),
-            "pairs_per_second": pairs / (time.perf_counter() - start)}
-
-def show_pace(run, bar, seconds_per_step):
-    """Loss, pairs/s and the time left for the whole run, in the bar, and once as a line."""
-    epochs_left = run.settings.NUM_EPOCHS - run.epoch + 1
-    steps_left = epochs_left * run.steps - run.step
-    left = seconds_per_step * steps_left + run.evaluation_seconds * epochs_left
-    pace = f"{run.settings.BATCH_SIZE / seconds_per_step:.1f} pairs/s, {tqdm.format_interval(left)}"
-    bar.set_postfix_str(f"loss {run.losses[-1]:.3f}, {pace} left")
-    if not run.pace_said:
-        say(f"       {pace} to go")
-    run.pace_said = True
-
-def train(run, splits, bar):
-    """Evaluate, then train and evaluate epoch by epoch, keeping the best weights and the last."""
-    say("", "epoch  split     loss  accuracy  macro-F1   image→text R@1, 5, 10   "
-        "text→image R@1, 5, 10   pairs/s")
-    while run.epoch <= run.settings.NUM_EPOCHS:
-        start, trained, metrics, view = time.perf_counter(), {}, {}, None
-        if run.epoch > 0:
-            trained = train_epoch(run, splits["train"], bar)
-        if "val" in splits:
-            metrics, view = evaluate(run, splits["val"])
-            run.evaluation_seconds = metrics["seconds"]
-            run.views.setdefault("before", view)
-        if trained:
-            metrics |= trained | {"seconds": time.perf_counter() - start}
-        if metrics:
-            log(run, "val" if view else "train", run.epoch, metrics)
-        if not view or score(metrics) > run.best_score:
-            run.best_epoch, run.best_score = run.epoch, score(metrics) if view else -1.0
-            run.views["best"] = view
-            save_best(run)
-        run.epoch, run.step, run.losses = run.epoch + 1, 0, []
-        save_run(run)
-
-def log(run, split, epoch, metrics):
-    """Add a line to metrics.jsonl and to the console."""
-    run.history.append({"epoch": epoch, "split": split} | metrics)
-    if rank() == 0:
-        write_lines(os.path.join(run.settings.OUTPUT_PATH, "metrics.jsonl"), run.history)
-    if split == "train":
-        say(f"{epoch:5}  train {metrics['train_loss']:8.3f} {metrics['pairs_per_second']:77.1f}")
-        return
-    say(f"{epoch:5}  {split:5} {metrics['loss']:8.3f} {metrics['accuracy']:9.3f} "
-        f"{metrics['macro_f1']:9.3f}   " + "  ".join(
-            " ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10)).rjust(22)
-            for way in ("image_to_text", "text_to_image")) + f" {metrics['pairs_per_second']:9.1f}")
-
-def mix_with_start(run, val):
-    """Leave the best mixture of the start's weights and best.pt's in the model, by score on val.
-
-    Fine-tuning forgets; a weighted mean of both forgets less and is often better at the new task
-    too (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903).
-    """
-    best = torch.load(run.best, map_location="cpu", weights_only=True)
-    worth_it = val and run.best_epoch > 0 and run.settings.MODEL != "tiny"  # which starts at random
-    start = load_clip(run.settings.MODEL, "cpu").state_dict() if worth_it else best
-    def mix(share):
-        run.model.load_state_dict({n: (1 - share) * start[n] + share * best[n] for n in best})
-    trials = []
-    for share in (0.25, 0.5, 0.75) if worth_it else ():
-        mix(share)
-        trials.append((share, *evaluate(run, val)))
-    run.best_share = 1.0  # only now: an interrupted mixing is done again
-    if trials:
-        say(f"The start's weights with 0.25, 0.5 and 0.75 of epoch {run.best_epoch}'s:")
-    for share, metrics, view in trials:
-        log(run, "val", run.best_epoch, metrics | {"share": share})
-        if score(metrics) > run.best_score:
-            run.best_score, run.best_share, run.views["best"] = score(metrics), share, view
-    mix(run.best_share)
-
-def class_table(run):
-    """Precision, recall and F1 of each class on val, before training → with the best weights."""
-    before, best = (class_metrics(run.views[when]["confusion"])[1:] for when in ("before", "best"))
-    width = max(map(len, run.class_labels))
-    lines = [f"{'':{width}}     precision         recall             F1    (val, before → best)"]
-    for row, label in enumerate(run.class_labels):
-        cells = (f"{old[row]:5.2f} → {new[row]:5.2f}" for old, new in zip(before, best))
-        lines.append(f"{label:{width}}  " + "  ".join(cells))
-    return lines
-
-def finish(run, splits):
-    """Mix, evaluate the best weights on test, draw, and say how to use the weights."""
-    everyone("best.pt is written")
-    if run.best_share is None:
-        mix_with_start(run, splits.get("val"))
-        save_run(run)
-    save_best(run)
-    if "test" in splits:
-        metrics, _ = evaluate(run, splits["test"])
-        log(run, "test", run.best_epoch, metrics)
-    if rank() == 0:
-        draw_curves(run)
-    if "val" in splits:
-        if rank() == 0:
-            draw_confusion(run)
-            draw_retrieval(run, splits["val"])
-        say("", *class_table(run))
-    run.finished = True
-    save_run(run)
-    share = "" if run.best_share == 1 else f", {run.best_share} of them with the start's"
-    say("", f"The best weights, of epoch {run.best_epoch}{share}, are in {run.best}. To use them:",
-        f'    model, preprocess = clip.load("{run.best}")')
-
-# ---- The whole run -----------------------------------------------------------------------------
-def prepare(settings, device, interrupts):
-    """Load model and data → (the run as it starts or goes on, {split: FashionDataset})."""
-    train_path = settings.JSON_PATH.replace("{split}", "train")
-    if not os.path.isdir(settings.IMAGE_PATH):
-        raise Stop(f"IMAGE_PATH: there is no folder {settings.IMAGE_PATH}; set it to yours")
-    if not os.path.isfile(train_path):
-        raise Stop(f"JSON_PATH: there is no file {train_path}; set it to where yours are")
-    torch.manual_seed(settings.SEED)
-    for turn in (0, 1):  # one process of a machine downloads the weights, the others find them
-        if turn == min(local_rank(), 1):
-            model = load_clip(settings.MODEL, device)
-        everyone("loaded")
-    cores = os.cpu_count() // local_world_size()
-    num_workers, precision = min(cores, settings.MAX_WORKERS), choose_precision(device)
-    splits = load_splits(settings, model.visual.input_resolution, num_workers)
-    steps = -(-len(splits["train"]) // settings.BATCH_SIZE)  # of an epoch
-    total_steps = settings.NUM_EPOCHS * steps
-    run = SimpleNamespace(
-        settings=settings, interrupts=interrupts, model=model, precision=precision,
-        num_workers=num_workers,
-        class_labels=sorted({r.class_label for data in splits.values() for r in data.records}),
-        chunk=settings.CHUNK_SIZE or settings.BATCH_SIZE,  # pairs encoded at a time
-        optimizer=make_optimizer(model, settings.WEIGHT_DECAY),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
-        train_rows=hashlib.sha256(repr(splits["train"].records).encode()).hexdigest()[:12],
-        best=os.path.join(settings.OUTPUT_PATH, "best.pt"),
-        last=os.path.join(settings.OUTPUT_PATH, "last.pt"),
-        steps=steps,
-        schedule=(total_steps, max(1, round(settings.WARMUP * total_steps)), settings.LR),
-        evaluation_seconds=0.0, pace_said=False, **new_progress())
-    say(f"{settings.MODEL} in {str(precision)[6:]} on {world_size()} × {device.type}; "
-        f"{len(run.class_labels)} classes; {settings.NUM_EPOCHS} epochs of {run.steps} steps of "
-        f"{settings.BATCH_SIZE} pairs, encoded {run.chunk} at a time; output in "
-        f"{settings.OUTPUT_PATH}")
-    resume_run(run)
-    return run, splits
-
+# ---- The whole run -------------------------------------------------------------------------------
 def main():
-    device, settings, interrupts = join_processes(), read_settings(), Interrupts()
-    if device.type == "cpu":
-        keep_memory()
-    os.makedirs(settings.OUTPUT_PATH, exist_ok=True)
-    lock = FileLock(os.path.join(settings.OUTPUT_PATH, ".lock"))
-    try:
-        if rank() == 0:
-            lock.acquire(timeout=0)
-    except Timeout:
-        raise Stop(f"OUTPUT_PATH: another run writes to {settings.OUTPUT_PATH}; set another"
-                   ) from None
-    run, splits = prepare(settings, device, interrupts)
-    if run.finished:
-        say(f"This run is finished: {run.best} has its weights. For another, set OUTPUT_PATH.")
+    on_signals(leave)
+    device = prepare_machine()
+    if IMAGE_PATH == "data/indo-fashion" and not os.path.isdir(IMAGE_PATH):
+        say("IndoFashion is not in data/indo-fashion. To get it, see data/README.md or")
+        say("www.kaggle.com/datasets/validmodel/indo-fashion-dataset. Running the bundled sample.")
+        globals().update(SAMPLE_RUN)
+    check_constants()
+    # The first process downloads the weights, then one of each other machine; the rest find them.
+    model = in_turns(lambda: load_clip(MODEL), (RANK > 0) + (LOCAL_RANK > 0), 3).to(device)
+    resolution = model.visual.input_resolution
+    splits = in_turns(lambda: load_splits(resolution), int(LOCAL_RANK > 0), 2)
+    state = new_state(model, splits)
+    resume(state)
+    if state.finished:
+        say(f"This run is finished: {OUTPUT_PATH} has its weights. For another, set OUTPUT_PATH.")
         return
-    done = max(0, run.epoch - 1) * run.steps + run.step
-    bar_format = "{desc} {percentage:3.0f} % |{bar}| {n} of {total} steps, {elapsed}{postfix}"
-    interrupts.at_once = False
-    try:
-        with progress_bar(desc="training", total=run.schedule[0], initial=done,
-                          bar_format=bar_format) as bar:
-            train(run, splits, bar)
-        finish(run, splits)
-    except (Interrupted, RuntimeError) as error:
-        interrupts.at_once = False
-        if isinstance(error, Interrupted) or "DataLoader worker" in str(error):
-            save_run(run)
-            say(f"Stopped and saved in {run.last}: the same command goes on from there.")
-        raise
+    on_signals(lambda number, _frame: state.signals.append(number))
+    size, steps = state.batch_size, len(splits["train"]) // state.batch_size
+    say(
+        f"{MODEL} in {str(state.precision)[6:]} on {WORLD_SIZE} × {device.type}; {NUM_EPOCHS} epochs "
+        f"of {steps} steps of {size} pairs, encoded {state.chunk} at a time; output in {OUTPUT_PATH}"
+    )
+    train(state, splits)
+    finish(state, splits)
+
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Interrupted as interrupted:
-        sys.exit(128 + interrupted.args[0])
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        sys.exit(f"a process that decodes pictures was killed ({error}). If memory was short, "
-                 "lower MAX_WORKERS; then start again")
+    main()
