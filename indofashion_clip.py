@@ -20,7 +20,6 @@ import json
 import math
 import mmap
 import os
-import re
 import shutil
 import signal
 import sys
@@ -38,7 +37,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
@@ -121,10 +119,7 @@ def clean(text):
 
 
 def read_records(json_path):
-    """→ ([Record] of the rows of a JSON-lines file, [(line, why it is left out)]).
-
-    A title that is missing or N/A becomes a class prompt. Pictures are not looked at.
-    """
+    """→ ([Record] of the rows of a JSON-lines file, [(line, why it is left out)])."""
     records, skipped = [], []
     with open(json_path, encoding="utf-8-sig", errors="replace") as file:
         for line, text in enumerate(file, 1):
@@ -144,10 +139,7 @@ def read_records(json_path):
 
 
 def load_image(path, resolution):
-    """A picture as a viewer shows it, resized and cropped as CLIP does: uint8 [3, R, R].
-
-    Raises whatever Pillow raises for a file that is not one whole picture.
-    """
+    """A picture as a viewer shows it, resized and cropped as CLIP does: uint8 [3, R, R]."""
     image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))
     if max(image.size) > 50 * min(image.size):  # would be resized to gigabytes
         raise ValueError(f"a strip of {image.width} × {image.height} pixels")
@@ -169,7 +161,7 @@ def decode(path, resolution):
         return load_image(path, resolution), None
     except Exception as error:  # damaged files make Pillow raise nearly anything
         black = torch.zeros(3, resolution, resolution, dtype=torch.uint8)
-        return black, f"no image in {path}: {one_line(error)}"
+        return black, f"no image in {path}: {error!r:.300}"
 
 
 def make_cache(cache_file, paths, resolution):
@@ -182,7 +174,8 @@ def make_cache(cache_file, paths, resolution):
     for path in paths:
         made_from.update(repr(path).encode("utf-8", "replace"))
         with suppress(OSError, ValueError):
-            made_from.update(repr(os.stat(path)[6:9:2]).encode())  # size and time of change
+            status = os.stat(path)
+            made_from.update(b"%d %d" % (status.st_size, status.st_mtime_ns))
 
     def is_there():
         with suppress(OSError), open(cache_file, "rb") as file:
@@ -192,8 +185,9 @@ def make_cache(cache_file, paths, resolution):
     if is_there():
         return
     for leftover in Path(CACHE_PATH).glob("*.tmp"):
-        if leftover.stat().st_mtime < time.time() - 3600:  # its run was killed
-            leftover.unlink()
+        with suppress(FileNotFoundError):
+            if leftover.stat().st_mtime < time.time() - 3600:  # its run was killed
+                leftover.unlink()
     if size > (free := shutil.disk_usage(CACHE_PATH).free):
         sys.exit(f"CACHE_PATH: {CACHE_PATH} needs {size / 1e9:.1f} GB, has {free / 1e9:.1f} free")
     own_name, bad = f"{cache_file}.{time.time_ns()}.tmp", []
@@ -201,14 +195,14 @@ def make_cache(cache_file, paths, resolution):
         parts = (paths[start : start + 256] for start in range(0, len(paths), 256))
         work = functools.partial(decode, resolution=resolution)
         pictures = (picture for part in parts for picture in threads.map(work, part))
-        for row, (pixels, why) in enumerate(tqdm(pictures, "decoding", len(paths), disable=QUIET)):
+        for row, (pixels, why) in enumerate(tqdm(pictures, "decoding", len(paths), **BAR)):
             file.write(pixels.numpy())
             bad += [(row, why)] if why else []
         file.write(made_from.hexdigest().encode() + json.dumps(bad).encode())
 
 
 def open_cache(cache_file, shape):
-    """→ (pixels uint8 `shape`, memory-mapped: the system keeps what it can; {row: why unusable})."""
+    """→ (pixels uint8 `shape`, memory-mapped: the system keeps what it can; {row: why bad})."""
     with open(cache_file, "rb") as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         mapped = mmap.mmap(file.fileno(), math.prod(shape), access=mmap.ACCESS_READ)
@@ -231,7 +225,8 @@ class FashionDataset(Dataset):
         self.num_captions, self.tokens = len(set(captions)), clip.tokenize(list(ids), truncate=True)
         self.caption_ids = torch.tensor([ids[caption] for caption in captions])
         self.prompt_ids = torch.tensor([ids[p] for p in prompts]).view(len(class_labels), -1)
-        self.labels = torch.tensor([class_labels.index(record.class_label) for record in records])
+        places = {label: i for i, label in enumerate(class_labels)}
+        self.labels = torch.tensor([places[record.class_label] for record in records])
         self.titled = torch.tensor([record.titled for record in records])
         self.cache_rows = torch.tensor([record.cache_row for record in records])
 
@@ -246,7 +241,7 @@ class FashionDataset(Dataset):
 
 
 def read_split(split, json_path, resolution):
-    """→ (the usable [Record], all pixels, lines of skipped.jsonl). Stops where most are unusable."""
+    """→ (the usable [Record], all pixels, lines of skipped.jsonl). Stops where most are bad."""
     records, skipped = read_records(json_path)
     paths = [os.path.join(IMAGE_PATH, record.image_path) for record in records]
     cache_file, pixels, bad = f"{CACHE_PATH}/{split}-{resolution}.u8", None, {}
@@ -258,9 +253,7 @@ def read_split(split, json_path, resolution):
     usable = [record for record in records if record.cache_row not in bad]
     if len(skipped) > len(usable) or not usable:
         line, why = skipped[0] if skipped else (1, "the file is empty")
-        sys.exit(
-            f"{json_path}: most rows are unusable. Line {line}: {why}. Check IMAGE_PATH and it"
-        )
+        sys.exit(f"{json_path}: most rows are bad. Line {line}: {why}. Check IMAGE_PATH and it")
     return usable, pixels, [{"split": split, "line": line, "reason": why} for line, why in skipped]
 
 
@@ -272,9 +265,12 @@ def load_splits(resolution):
         if split == "train" or (json_path != JSON_PATH and os.path.isfile(json_path)):
             records[split], pixels[split], left_out = read_split(split, json_path, resolution)
             skipped += left_out
-            say(f"{split:5} {len(records[split]):7,} rows used, {len(left_out):,} left out")
+            untitled = sum(not record.titled for record in records[split])
+            used = f"{len(records[split]):7,} rows used, {untitled:,} of them without a title"
+            say(f"{split:5} {used}; {len(left_out):,} left out")
     if RANK == 0:
-        write_lines("skipped.jsonl", skipped)
+        with replacing(f"{OUTPUT_PATH}/skipped.jsonl") as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in skipped)
     if "val" not in records:
         rows, pixels["val"] = records["train"], pixels["train"]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED)).tolist()
@@ -290,22 +286,17 @@ def load_splits(resolution):
 
 class Batch(NamedTuple):
     pixels: torch.Tensor  # uint8 [b, 3, R, R], this process's share of the B pairs
-    draws: torch.Tensor  # float32 [b, 4], uniform in 0..1, for augment()
+    draws: torch.Tensor  # float32 [b, 5], uniform in 0..1, for augment()
     tokens: torch.Tensor  # int32 [captions, 77], the share's distinct ones
     which: torch.Tensor  # int64 [b], each picture's caption among them
     caption_ids: torch.Tensor  # int64 [B], of the whole batch
 
 
 def epoch_batches(dataset, epoch, batch_size, first_step=0):
-    """Yield an epoch's Batches from a step on. All that is random follows from SEED and the epoch.
-
-    Rows that fill no batch wait for another epoch's shuffle.
-    """
+    """Yield an epoch's Batches from a step on. All that is random follows from SEED and epoch."""
     generator, size = torch.Generator().manual_seed(SEED * 1_000_003 + epoch), len(dataset)
-    order, draws = (
-        torch.randperm(size, generator=generator),
-        torch.rand(size, 5, generator=generator),
-    )
+    order = torch.randperm(size, generator=generator)
+    draws = torch.rand(size, 5, generator=generator)
     which = torch.randint(dataset.prompt_ids.shape[1], (size,), generator=generator)
     prompted = (draws[:, 4] < CLASS_PROMPT_SHARE) | ~dataset.titled
     prompts = dataset.prompt_ids[dataset.labels, which]
@@ -316,7 +307,8 @@ def epoch_batches(dataset, epoch, batch_size, first_step=0):
         ids, which = caption_ids[own].unique(return_inverse=True)
         return Batch(dataset[own][0], draws[own], dataset.tokens[ids], which, caption_ids[rows])
 
-    return load_ahead(load, order.split(batch_size)[first_step : size // batch_size])
+    full = order.split(batch_size)[: size // batch_size]  # the other rows wait for the next shuffle
+    return load_ahead(load, full[first_step:])
 
 
 def load_ahead(load, batches):
@@ -341,10 +333,7 @@ def read_weights(path):
 
 
 def load_clip(name):
-    """CLIP in float32, in eval mode: no dropout, and the RN models' batch norm stays frozen.
-
-    name: one of clip.available_models(), a path to a .pt, or "tiny" for a small random one.
-    """
+    """CLIP in float32 and, for the RN models' batch norm, in eval mode; name: as MODEL above."""
     try:
         if name == "tiny":
             torch.manual_seed(SEED)
@@ -358,7 +347,7 @@ def load_clip(name):
     except Exception as error:  # a damaged file raises nearly anything
         names = ", ".join(["tiny", *clip.available_models()])
         advice = f"It may be a .pt file or, if the internet is there, one of {names}"
-        sys.exit(f"MODEL: cannot load {name!r} ({one_line(error)}). {advice}")
+        sys.exit(f"MODEL: cannot load {name!r} ({error!r:.300}). {advice}")
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     for buffer, values in {"mean": mean, "std": std}.items():  # of CLIP's pixels
         model.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -444,10 +433,7 @@ def text_tower(model, tokens):
 
 
 def augment(images, draws):
-    """A random crop of at least MIN_CROP of each side, and a flip of every other picture.
-
-    images: float32 [B, 3, R, R]; draws: [B, 4 or more], uniform in 0..1.
-    """
+    """Images [B, 3, R, R], each cropped and perhaps flipped by its draws [B, 5], from 0 to 1."""
     side = 1 - (1 - MIN_CROP) * draws[:, 0]
     view = torch.zeros(len(images), 2, 3, device=images.device)
     view[:, 0, 0] = torch.where(draws[:, 3] < 0.5, side, -side)
@@ -518,10 +504,10 @@ def halving(work, state, *arguments):
 
 
 def forward_backward(state, batch, gathered):
-    """The loss of the whole batch, a scalar; its gradients by this process's pairs are added.
+    """The loss of the whole batch, and its gradients by way of this process's pairs.
 
-    gathered: an empty list, which takes all processes' features. After running out of memory they
-    are used again, since the other processes do not repeat the exchange.
+    gathered: an empty list that takes all processes' features, which are not gathered again after
+    running out of memory: the other processes do not repeat it.
     """
     state.optimizer.zero_grad()  # of an attempt that ran out of memory
     device = state.model.mean.device
@@ -529,24 +515,19 @@ def forward_backward(state, batch, gathered):
     captions = in_chunks(state, encode_texts, batch.tokens)
     text_features = F.embedding(batch.which.to(device, non_blocking=True), captions)
     own = image_features, text_features  # [b, D]; the other processes' are constants
-    gathered += [] if gathered else [gather(features.detach()) for features in own]
+    if not gathered:
+        gathered += [gather(features.detach()) for features in own]
     before, after = RANK * len(batch.which), (RANK + 1) * len(batch.which)
-    image_features, text_features = (
-        torch.cat([all_features[:before], features, all_features[after:]])
-        for all_features, features in zip(gathered, own, strict=True)
-    )
+    parts = zip(gathered, own, strict=True)
+    whole = [torch.cat([others[:before], mine, others[after:]]) for others, mine in parts]
     caption_ids = batch.caption_ids.to(device, non_blocking=True)
-    loss = clip_loss(image_features, text_features, state.model.logit_scale, caption_ids)
+    loss = clip_loss(*whole, state.model.logit_scale, caption_ids)
     state.scaler.scale(loss).backward()
     return loss.detach()
 
 
 def train_step(state, batch):
-    """One optimizer step, the same for any chunk and number of processes → the loss, a scalar.
-
-    The loss couples all pairs of the batch, as in the CLIP paper. It is a tensor: to read it is to
-    wait for the device.
-    """
+    """One optimizer step → the loss of the whole batch, a tensor: to read it is to wait for it."""
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     loss = halving(forward_backward, state, batch, [])
     model.logit_scale.grad /= WORLD_SIZE  # of this one each process has the whole
@@ -589,25 +570,13 @@ WAYS = ("image_to_text", "text_to_image")
 
 
 def retrieval_recall(image_features, text_features, caption_ids):
-    """{"image_to_text_r1": the share of pictures whose caption is the first found, …}.
-
-    image_features [N, D]; text_features [C, D]; caption_ids [N]. Every picture of a caption is a
-    right answer to it.
-    """
+    """{"image_to_text_r1": the share of pictures whose caption is the first found, …}."""
     captions = torch.arange(len(text_features), device=caption_ids.device)[:, None]
-    hits = {
-        "image_to_text": nearest(image_features, text_features, 10) == caption_ids[:, None],
-        "text_to_image": caption_ids[nearest(text_features, image_features, 10)] == captions,
-    }
-    ways = [(way, right, k) for way, right in hits.items() for k in (1, 5, 10)]
+    texts = nearest(image_features, text_features, 10)
+    images = nearest(text_features, image_features, 10)
+    hits = zip(WAYS, (texts == caption_ids[:, None], caption_ids[images] == captions), strict=True)
+    ways = [(way, right, k) for way, right in hits for k in (1, 5, 10)]
     return {f"{way}_r{k}": right[:, :k].any(1).double().mean().item() for way, right, k in ways}
-
-
-def classification(confusion):
-    """{"accuracy", "macro_f1"} of counts [K, K] by true and predicted class, of classes with rows."""
-    right, predicted, rows = confusion.diag(), confusion.sum(0), confusion.sum(1)
-    f1 = 2 * right / (predicted + rows).clamp(min=1)
-    return {"accuracy": (right.sum() / rows.sum()).item(), "macro_f1": f1[rows > 0].mean().item()}
 
 
 def encode_all(state, encode, batches):
@@ -641,7 +610,10 @@ def evaluate(state, dataset):
         ids, scale = caption_ids[rows], state.model.logit_scale
         batch_loss = clip_loss(image_features[rows], text_features[ids], scale, ids)
         loss += batch_loss.item() * len(rows) / len(dataset)
-    metrics = {"loss": loss} | classification(confusion)
+    right, counts = confusion.diag(), confusion.sum(0) + confusion.sum(1)
+    f1 = (2 * right / counts)[confusion.sum(1) > 0]  # of the classes that are there
+    metrics = {"loss": loss, "accuracy": right.sum().item() / len(dataset)}
+    metrics["macro_f1"] = f1.mean().item()
     metrics |= retrieval_recall(image_features, text_features, caption_ids)
     seconds = time.perf_counter() - start
     metrics |= {"seconds": seconds, "pairs_per_second": len(dataset) / seconds}
@@ -691,7 +663,8 @@ def new_state(model, splits):
     for split, dataset in splits.items():
         rows = repr(dataset.records).encode("utf-8", "replace")
         made_from[f"the rows of {split}"] = hashlib.sha256(rows).hexdigest()[:12]
-    precision, chunk = choose_precision(device), CHUNK_SIZE or batch_size // WORLD_SIZE
+    precision, share = choose_precision(device), batch_size // WORLD_SIZE
+    chunk = min(CHUNK_SIZE or share, share)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     return State(model, make_optimizer(model), scaler, precision, batch_size, chunk, made_from)
 
@@ -711,9 +684,11 @@ def save_run(state):
     """Write last.pt, from which the run goes on exactly."""
     mean_loss(state)
     if RANK == 0:
-        parts = {name: getattr(state, name) for name in ("model", "optimizer", "scaler")}
-        parts = {name: part.state_dict() for name, part in parts.items()}
-        save("last.pt", parts | {name: getattr(state, name) for name in ("made_from", *PROGRESS)})
+        saved = {name: getattr(state, name) for name in ("made_from", *PROGRESS)}
+        for name in ("model", "optimizer", "scaler"):
+            saved[name] = getattr(state, name).state_dict()
+        with replacing(f"{OUTPUT_PATH}/last.pt") as file:
+            torch.save(saved, file)
 
 
 def resume(state):
@@ -731,7 +706,7 @@ def resume(state):
             elif value:  # a scaler that scales nothing has saved nothing
                 getattr(state, name).load_state_dict(value)
     except Exception as error:
-        sys.exit(f"{path} is no checkpoint of this script ({one_line(error)}). Move it, {instead}")
+        sys.exit(f"{path} is no checkpoint of this script ({error!r:.300}). Move it, {instead}")
     if changed:
         changes = "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in changed)
         sys.exit(f"{path} is of another training: {changes}. Set it back to go on, {instead}")
@@ -765,25 +740,29 @@ def log(state, split, epoch, metrics):
     """Add a line to metrics.jsonl and to what is printed."""
     state.history.append({"epoch": epoch, "split": split} | metrics)
     if RANK == 0:
-        write_lines("metrics.jsonl", state.history)
-    if len(state.history) == 1:
-        say("\nepoch split    loss accuracy macro-F1  image→text R@1, 5, 10  text→image R@1, 5, 10")
-    recall = {way: " ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10)) for way in WAYS}
+        with replacing(f"{OUTPUT_PATH}/metrics.jsonl") as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in state.history)
+    recalls = (" ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10)) for way in WAYS)
     scores = f"{metrics['loss']:7.3f} {metrics['accuracy']:8.3f} {metrics['macro_f1']:8.3f}"
-    say(f"{epoch:5} {split:5} {scores}      " + "      ".join(recall.values()))
+    recalls, speed = "     ".join(recalls), metrics["pairs_per_second"]
+    say(f"{epoch:5} {split:5} {scores}     {recalls} {speed:9.1f}")
 
 
 def train(state, splits):
     """Evaluate, then train and evaluate epoch by epoch, keeping the best weights and the last."""
+    head = "epoch split    loss accuracy macro-F1"
+    say(f"\n{head} image→text R@1, 5, 10 text→image R@1, 5, 10   pairs/s")
     steps = len(splits["train"]) // state.batch_size
     done = max(0, state.epoch - 1) * steps + state.step
-    with tqdm(desc="training", total=NUM_EPOCHS * steps, initial=done, disable=QUIET) as bar:
+    with tqdm(desc="training", total=NUM_EPOCHS * steps, initial=done, **BAR) as bar:
         while state.epoch <= NUM_EPOCHS:
             trained = train_epoch(state, splits["train"], bar) if state.epoch > 0 else {}
             metrics, *_ = evaluate(state, splits["val"])
             log(state, "val", state.epoch, metrics | trained)
             if best_line(state.history) is state.history[-1] and RANK == 0:
-                save("best.pt", {name: w.cpu() for name, w in state.model.state_dict().items()})
+                weights = {name: w.cpu() for name, w in state.model.state_dict().items()}
+                with replacing(f"{OUTPUT_PATH}/best.pt") as file:
+                    torch.save(weights, file)
             state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
             save_run(state)
 
@@ -810,9 +789,10 @@ def finish(state, splits):
 
 
 # ---- Processes and signals -----------------------------------------------------------------------
-names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # set by torchrun
-RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in names)
-QUIET = True if RANK > 0 else None  # tqdm: show no bar; None: none in a log file
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+BAR = {"leave": False, "disable": True if RANK > 0 else None}  # None: no bar in a log file
 
 
 def prepare_machine():
@@ -869,6 +849,7 @@ def wait_for_all():
         meeting = dist.all_reduce(torch.zeros(1), async_op=True)
         while not meeting.is_completed():
             time.sleep(0.02)
+        meeting.wait()
 
 
 def in_turns(work, turn, turns):
@@ -878,12 +859,6 @@ def in_turns(work, turn, turns):
             result = work()
         wait_for_all()
     return result
-
-
-def on_signals(handler):
-    """Have Ctrl-C and SIGTERM call handler(number, frame)."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
 
 
 def leave(number, _frame):
@@ -909,10 +884,6 @@ def say(line):
         tqdm.write(line)
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 # ---- Files and constants -------------------------------------------------------------------------
 @contextmanager
 def replacing(path, temporary=None, unless=lambda: False):
@@ -935,71 +906,56 @@ def replacing(path, temporary=None, unless=lambda: False):
             os.remove(temporary)
 
 
-def save(name, state):
-    with replacing(f"{OUTPUT_PATH}/{name}") as file:
-        torch.save(state, file)
-
-
-def write_lines(name, rows):
-    with replacing(f"{OUTPUT_PATH}/{name}") as file:
-        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-
-
 def check_constants():
-    """Stop where a constant cannot work, before anything is read."""
-
-    def number(low, high=math.inf, kinds=(int, float)):
-        return lambda value: type(value) in kinds and low <= value <= high
-
-    def texts(values, part=""):
-        return len(values) > 0 and all(isinstance(text, str) and part in text for text in values)
-
-    whole, some = functools.partial(number, kinds=(int,)), sys.float_info.min
-    rules = [
-        ("IMAGE_PATH JSON_PATH OUTPUT_PATH CACHE_PATH MODEL", lambda v: texts([v]) and v, "a text"),
-        ("BATCH_SIZE", whole(2), "a whole number, 2 or more"),
-        ("NUM_EPOCHS SEED", whole(0, 2**32), "a whole number, 0 or more"),
-        ("CHUNK_SIZE", lambda v: v is None or whole(1)(v), "None or a whole number, 1 or more"),
-        ("LR", number(some, sys.float_info.max), "a number above 0"),
-        ("MAX_GRAD_NORM", number(some), "a number above 0"),
-        ("WEIGHT_DECAY WARMUP CLASS_PROMPT_SHARE", number(0, 1), "a number from 0 to 1"),
-        ("MIN_CROP", number(some, 1), "a number above 0, at most 1"),
-        (
-            "PROMPTS",
-            lambda v: texts([v] if isinstance(v, str) else v, "{}"),
-            "texts with {} in them",
-        ),
-        ("CLASS_NAMES", lambda v: not v or texts([*v, *v.values()]), "a dictionary of texts"),
-    ]
-    for name, works, must_be in ((name, *rule) for names, *rule in rules for name in names.split()):
-        value, works_well = globals()[name], False
-        with suppress(TypeError, AttributeError):
-            works_well = works(value)
-        if not works_well:
-            sys.exit(f"{name} is {value!r}; it must be {must_be}")
+    """Take the sample's where there is no dataset. Stop at a constant that cannot work."""
+    for name in ("CLASS_NAMES", "SAMPLE_RUN"):
+        if not isinstance(globals()[name], dict):
+            sys.exit(f"{name} is {globals()[name]!r}; it must be a dictionary")
+    if IMAGE_PATH == "data/indo-fashion" and not os.path.isdir(IMAGE_PATH):
+        say("IndoFashion is not in data/indo-fashion. To get it, see data/README.md or")
+        say("www.kaggle.com/datasets/validmodel/indo-fashion-dataset. Running the bundled sample.")
+        globals().update(SAMPLE_RUN)
+    limits = {"BATCH_SIZE": (2, 2**31), "NUM_EPOCHS": (0, 2**31), "SEED": (0, 2**31)}
+    limits |= {"LR": (1e-12, 1e12), "MAX_GRAD_NORM": (1e-12, math.inf), "WEIGHT_DECAY": (0.0, 1.0)}
+    limits |= {"WARMUP": (0.0, 1.0), "CLASS_PROMPT_SHARE": (0.0, 1.0), "MIN_CROP": (0.01, 1.0)}
+    limits |= {"CHUNK_SIZE": (1, 2**31)} if CHUNK_SIZE is not None else {}
+    for name, (least, most) in limits.items():
+        value, kind = globals()[name], "whole number" if isinstance(least, int) else "number"
+        kinds = (int,) if isinstance(least, int) else (int, float)
+        if type(value) not in kinds or not least <= value <= most:
+            sys.exit(f"{name} is {value!r}; it must be a {kind} from {least} to {most}")
+    prompts = PROMPTS if isinstance(PROMPTS, list | tuple) else [PROMPTS]
+    texts = {"PROMPTS": prompts, "CLASS_NAMES": CLASS_NAMES.values(), "IMAGE_PATH": [IMAGE_PATH]}
+    texts |= {"JSON_PATH": [JSON_PATH], "MODEL": [MODEL]}
+    texts |= {"OUTPUT_PATH": [OUTPUT_PATH], "CACHE_PATH": [CACHE_PATH]}
+    for name, values in texts.items():
+        if not all(isinstance(text, str) and text for text in values):
+            sys.exit(f"{name} is {globals()[name]!r}; it must be text in quotes")
+    if not prompts or not all("{}" in prompt for prompt in prompts):
+        sys.exit(f"PROMPTS is {PROMPTS!r}; each must have {{}}, where the class goes")
     for name in ("OUTPUT_PATH", "CACHE_PATH"):
         try:
             os.makedirs(globals()[name], exist_ok=True)
-        except OSError as error:
-            sys.exit(f"{name}: cannot make the folder {globals()[name]} ({error.strerror})")
+        except (OSError, ValueError) as error:
+            sys.exit(f"{name}: cannot make this folder ({error})")
     if not os.path.isdir(IMAGE_PATH):
         sys.exit(f"IMAGE_PATH: there is no folder {IMAGE_PATH}; set it to yours")
     if not os.path.isfile(train_path := JSON_PATH.replace("{split}", "train")):
         sys.exit(f"JSON_PATH: there is no file {train_path}; set it to where yours are")
+    if os.path.abspath(MODEL) == os.path.abspath(f"{OUTPUT_PATH}/best.pt"):
+        sys.exit(f"MODEL: this run would overwrite {MODEL}; set another OUTPUT_PATH")
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-def drawable(text, width, otherwise):
-    """The text with … for what the font lacks, in two lines at most; the other if it lacks all."""
-    font = get_font(findfont("DejaVu Sans"))
-    known = "".join(c if font.get_char_index(ord(c)) else "…" for c in text)
-    text = re.sub(r"…[…\s]*", "… ", known) if any(map(str.isalnum, known)) else otherwise
-    return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder=" …"))
-
-
 def save_figure(name, figure):
-    with replacing(f"{OUTPUT_PATH}/{name}") as file:
+    with replacing(f"{OUTPUT_PATH}/{name}") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the font lacks some languages' letters
         figure.savefig(file, format="png", dpi=100, bbox_inches="tight", pad_inches=0.15)
+
+
+def shorten(text, width):
+    """In two lines at most."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder=" …"))
 
 
 def draw_curves(history, best_epoch):
@@ -1023,7 +979,7 @@ def draw_curves(history, best_epoch):
 
 def draw_confusion(class_labels, confusions):
     """confusion.png: of each class, the percentages taken for each class, before and after."""
-    names = [drawable(name, 30, f"class {i}") for i, name in enumerate(class_labels, 1)]
+    names = [shorten(label, 30) for label in class_labels]
     side = max(2.5, 0.32 * len(names))  # inches
     margin = 0.8 + 0.08 * max(len(line) for name in names for line in name.split("\n"))
     figure = Figure(figsize=(2 * side + margin, side + margin + 0.3), layout="constrained")
@@ -1035,7 +991,7 @@ def draw_confusion(class_labels, confusions):
             share = float(shares[true, predicted])
             style = {"color": "white" if share > 0.5 else "black", "fontsize": 8}
             panel.text(predicted, true, f"{100 * share:.0f}", ha="center", va="center", **style)
-        accuracy = classification(confusion)["accuracy"]
+        accuracy = confusion.diag().sum() / confusion.sum()
         panel.set(title=f"{when}: {accuracy:.0%} right", xlabel="predicted")
         panel.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
         panel.set_yticks(range(len(names)), names, parse_math=False)
@@ -1050,9 +1006,8 @@ def picture_strip(dataset, rows, query):
     for row in rows:
         same_caption = dataset.caption_ids[row] == dataset.caption_ids[query]
         same_class = dataset.labels[row] == dataset.labels[query]
-        color = (
-            (20, 130, 50) if same_caption else (165, 220, 170) if same_class else (255, 255, 255)
-        )
+        green = (20, 130, 50) if same_caption else (165, 220, 170)
+        color = green if same_caption or same_class else (255, 255, 255)
         frame = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1)
         frame = frame.repeat(1, side + 2 * edge, side + 2 * edge)
         frame[:, edge:-edge, edge:-edge] = dataset.pixels[dataset.cache_rows[row]]
@@ -1073,46 +1028,43 @@ def draw_retrieval(dataset, features):
         panel.set_frame_on(False)
         panel.set(xticks=[], yticks=[])
     for i, query in enumerate(queries):
-        pair, record = axes[i // columns * 2 :][:2, i % columns], dataset.records[query]
+        pair = axes[i // columns * 2 :][:2, i % columns]
         for panel, when, (images, texts) in zip(pair, ("before", "after"), features, strict=True):
             found = nearest(texts[dataset.caption_ids[query]][None], images, 5)[0].tolist()
             panel.imshow(picture_strip(dataset, found, query))
             panel.set_ylabel(when)
-        prompt = drawable(class_prompts(record.class_label)[0], 70, "a title")
-        title = drawable(record.caption, 70, otherwise=prompt)
+        title = shorten(dataset.records[query].caption, 70)
         pair[0].set_title(title, loc="left", fontsize=11, parse_math=False)
-    figure.supxlabel(
-        "dark frame: the caption's own picture; light: another of its class", fontsize=10
-    )
+    figure.supxlabel("dark frame: the caption's own picture; light: its class", fontsize=10)
     save_figure("retrieval.png", figure)
 
 
 # ---- The whole run -------------------------------------------------------------------------------
 def main():
-    on_signals(leave)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
     device = prepare_machine()
-    if IMAGE_PATH == "data/indo-fashion" and not os.path.isdir(IMAGE_PATH):
-        say("IndoFashion is not in data/indo-fashion. To get it, see data/README.md or")
-        say("www.kaggle.com/datasets/validmodel/indo-fashion-dataset. Running the bundled sample.")
-        globals().update(SAMPLE_RUN)
     check_constants()
     # The first process downloads the weights, then one of each other machine; the rest find them.
     model = in_turns(lambda: load_clip(MODEL), (RANK > 0) + (LOCAL_RANK > 0), 3).to(device)
     resolution = model.visual.input_resolution
-    splits = in_turns(lambda: load_splits(resolution), int(LOCAL_RANK > 0), 2)
+    splits = in_turns(lambda: load_splits(resolution), LOCAL_RANK > 0, 2)
     state = new_state(model, splits)
     resume(state)
     if state.finished:
         say(f"This run is finished: {OUTPUT_PATH} has its weights. For another, set OUTPUT_PATH.")
         return
-    on_signals(lambda number, _frame: state.signals.append(number))
-    size, steps = state.batch_size, len(splits["train"]) // state.batch_size
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _frame: state.signals.append(number))
+    steps, dtype = len(splits["train"]) // state.batch_size, str(state.precision)[6:]
+    say(f"{MODEL} in {dtype} on {WORLD_SIZE} × {device.type}, {state.chunk} pairs at a time;")
     say(
-        f"{MODEL} in {str(state.precision)[6:]} on {WORLD_SIZE} × {device.type}; {NUM_EPOCHS} epochs "
-        f"of {steps} steps of {size} pairs, encoded {state.chunk} at a time; output in {OUTPUT_PATH}"
+        f"{NUM_EPOCHS} epochs of {steps} steps of {state.batch_size} pairs; output in {OUTPUT_PATH}"
     )
     train(state, splits)
     finish(state, splits)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
