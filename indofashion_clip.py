@@ -312,7 +312,10 @@ def epoch_batches(dataset, epoch, batch_size, first_step=0):
 
 
 def load_ahead(load, batches):
-    """Yield load(rows) of each batch of rows; while one is worked on, a thread loads the next."""
+    """Yield load(rows) of each batch of rows; for a GPU a thread loads the next meanwhile."""
+    if not torch.cuda.is_available():  # a CPU that computes has no core for it: 1.6 times as slow
+        yield from map(load, batches)
+        return
     with ThreadPoolExecutor(1) as thread:
         loading = None
         for rows in (*batches, None):
