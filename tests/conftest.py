@@ -1,4 +1,4 @@
-"""What the tests share: small datasets in IndoFashion's layout, and the script run as a user would."""
+"""What the tests share: small datasets, a run's state, and the script run as a user runs it."""
 
 import contextlib
 import io
@@ -10,8 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,101 +22,147 @@ sys.path.insert(0, str(ROOT))
 import indofashion_clip as ic  # noqa: E402
 
 torch.set_num_threads(2)
+CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def settings():
-    """The constants as they stand in the file."""
-    return SimpleNamespace(**{n: v for n, v in vars(ic).items() if n.isupper() and n != "F"})
+# ---- Datasets ----
+def read_lines(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
-def tiny_model(seed=0):
-    torch.manual_seed(seed)
-    return ic.load_clip("tiny", torch.device("cpu"))
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make_dataset(folder, train=24, val=10, test=10):
-    """The first classes' pictures of the sample, taken in turns: a dataset of a few rows."""
+    """The first classes' pictures of the sample, in turns: a dataset of a few rows; 0: no file."""
     for split, count in {"train": train, "val": val, "test": test}.items():
-        rows = [
-            json.loads(line) for line in open(ROOT / "data/sample" / f"{split}_data.json", encoding="utf-8")
-        ]
         by_class = {}
-        for row in rows:
+        for row in read_lines(ROOT / f"data/sample/{split}_data.json"):
             by_class.setdefault(row["class_label"], []).append(row)
-        turns = [row for turn in zip(*list(by_class.values())[:5]) for row in turn][:count]
+        turns = zip(*list(by_class.values())[:5], strict=True)
+        rows = [row for turn in turns for row in turn][:count]
         (folder / "images" / split).mkdir(parents=True, exist_ok=True)
-        for row in turns:
+        for row in rows:
             shutil.copy(ROOT / "data/sample" / row["image_path"], folder / row["image_path"])
-        write_rows(folder / f"{split}_data.json", turns)
+        if rows:
+            write_lines(folder / f"{split}_data.json", rows)
     return folder
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    (tmp_path / "data").mkdir()
     return make_dataset(tmp_path / "data")
 
 
+# ---- A run's parts, without a run ----
+def tiny_model():
+    return ic.load_clip("tiny")
+
+
+def grown(model):
+    """The same model away from its initial values, where biases and norms would hide mistakes."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        model.logit_scale.fill_(2.5)
+    return model.eval()
+
+
+def make_state(model=None, chunk=99, **changes):
+    """A State in float32, at a learning rate of 1e-3."""
+    model = model or tiny_model()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = ic.State(model, ic.make_optimizer(model), scaler, torch.float32, 8, chunk, {})
+    for group in state.optimizer.param_groups:
+        group["lr"] = 1e-3
+    for name, value in changes.items():
+        setattr(state, name, value)
+    return state
+
+
+def make_batch(count, seed=0):
+    """`count` random pairs, a third of the captions said twice."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    draws = torch.rand(count, 5, generator=generator)
+    which = torch.arange(count) % max(1, count * 2 // 3)
+    titles = [f"saree number {i}" + " long" * (i % 5) for i in range(int(which.max()) + 1)]
+    return ic.Batch(pixels, draws, ic.clip.tokenize(titles), which, which + 7)
+
+
+def relative(one, other):
+    return ((one - other).norm() / other.norm().clamp(min=1e-12)).item()
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+# ---- The script ----
+def quick(data, **constants):
+    """Constants for a run of seconds on a dataset made by make_dataset."""
+    paths = {"IMAGE_PATH": str(data), "JSON_PATH": str(data / "{split}_data.json")}
+    how = {"MODEL": "tiny", "BATCH_SIZE": 8, "NUM_EPOCHS": 2, "LR": 1e-3}
+    return paths | how | constants
+
+
 def edited_script(folder, **constants):
-    """A copy of the script in `folder` with those constants set, one line each, as a user edits them."""
+    """A copy of the script in `folder` with those constants set, each on its line, as by a user."""
+    folder.mkdir(exist_ok=True, parents=True)
     source = (ROOT / "indofashion_clip.py").read_text(encoding="utf-8")
     for name, value in constants.items():
-        source, count = re.subn(rf"^{name} = .*$", lambda _: f"{name} = {value!r}", source, flags=re.M)
+        line = f"{name} = {value!r}"
+        source, count = re.subn(rf"^{name} = .*$", lambda _, line=line: line, source, flags=re.M)
         assert count == 1, f"{name} is not one line of the script"
     path = folder / "indofashion_clip.py"
     path.write_text(source, encoding="utf-8")
     return path
 
 
-def quick(data, **constants):
-    """Constants for a run of seconds on a dataset made by make_dataset."""
-    return {
-        "IMAGE_PATH": str(data),
-        "JSON_PATH": str(data / "{split}_data.json"),
-        "MODEL": "tiny",
-        "BATCH_SIZE": 8,
-        "NUM_EPOCHS": 2,
-        "LR": 1e-3,
-    } | constants
+def launch(script, *arguments, processes=1, code=0, torchrun=(), **variables):
+    """The output of a script run in a process of its own, or by torchrun in several."""
+    command = [sys.executable, "-u"]
+    if processes > 1 or torchrun:
+        nodes = torchrun or ("--standalone",)
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *nodes]
+    done = subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        cwd=script.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert code is None or done.returncode == code, f"exit {done.returncode}\n{done.stdout}"
+    return done.stdout
 
 
-def environment(**more):
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
+def run_driver(folder, lines, constants, **how):
+    """The output of lines of Python that meet the edited script as the module ic."""
+    edited_script(folder, **constants)
+    driver = folder / "driver.py"
+    driver.write_text("import indofashion_clip as ic\n" + textwrap.dedent(lines), encoding="utf-8")
+    return launch(driver, **how)
 
 
-def run_script(folder, *, processes=None, code=0, inside=True, **constants):
-    """Run the edited script in `folder` → its output. `inside` this process, which saves importing
-    torch again, or in its own; by torchrun where `processes` are given."""
-    folder.mkdir(exist_ok=True)
+def run_script(folder, *, code=0, inside=True, **constants):
+    """The output of the edited script run in `folder`; inside this process, which saves importing
+    torch again, or in its own."""
     script = edited_script(folder, **constants)
-    if inside and not processes:
-        output, exit_code = run_inside(script)
-    else:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-        done = subprocess.run(
-            [sys.executable, *(torchrun if processes else ()), str(script)],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            env=environment(),
-            timeout=300,
-        )
-        output, exit_code = done.stdout + done.stderr, done.returncode
-    assert exit_code == code, f"exit {exit_code}\n{output}"
-    return output
-
-
-def run_inside(script):
+    if not inside:
+        return launch(script, code=code)
     output, exit_code, before = io.StringIO(), 0, os.getcwd()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        os.chdir(script.parent)
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        os.chdir(folder)
+        with (
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+            warnings.catch_warnings(),
+        ):
             runpy.run_path(str(script), run_name="__main__")
     except SystemExit as stop:  # as the interpreter does: a message is printed, and the code is 1
         exit_code = stop.code if isinstance(stop.code, int) else 1
@@ -124,20 +171,14 @@ def run_inside(script):
         os.chdir(before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return output.getvalue(), exit_code
+    assert exit_code == code, f"exit {exit_code}\n{output.getvalue()}"
+    return output.getvalue()
 
 
 def read_metrics(folder, times=True):
-    lines = [json.loads(line) for line in open(folder / "outputs/metrics.jsonl", encoding="utf-8")]
-    if not times:
-        lines = [
-            {k: v for k, v in line.items() if k not in ("seconds", "pairs_per_second")} for line in lines
-        ]
-    return lines
-
-
-def read_skipped(folder):
-    return [json.loads(line) for line in open(folder / "outputs/skipped.jsonl", encoding="utf-8")]
+    lines = read_lines(folder / "outputs/metrics.jsonl")
+    changing = () if times else ("seconds", "pairs_per_second")
+    return [{k: v for k, v in line.items() if k not in changing} for line in lines]
 
 
 def weights(path):
@@ -147,3 +188,9 @@ def weights(path):
 def same_weights(one, other):
     one, other = weights(one), weights(other)
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def readme_code(heading):
+    """The first code block of the README below a heading."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"^{heading}\n.*?```\w+\n(.*?)```", readme, flags=re.M | re.S)[1]
