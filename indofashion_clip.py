@@ -852,7 +852,10 @@ def wait_for_all():
         meeting = dist.all_reduce(torch.zeros(1), async_op=True)
         while not meeting.is_completed():
             time.sleep(0.02)
-        meeting.wait()
+        try:
+            meeting.wait()
+        except RuntimeError:
+            sys.exit("another process has ended; its message says why")
 
 
 def in_turns(work, turn, turns):
