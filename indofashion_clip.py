@@ -992,7 +992,7 @@ def draw_confusion(class_labels, confusions):
     panels, whens = figure.subplots(1, 2, sharey=True), ("before training", "after")
     for panel, confusion, when in zip(panels, confusions, whens, strict=True):
         shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-        panel.imshow(shares, cmap="Greens", vmin=0, vmax=1)
+        panel.imshow(shares.numpy(), cmap="Greens", vmin=0, vmax=1)
         for true, predicted in shares.ge(0.005).nonzero().tolist():
             share = float(shares[true, predicted])
             style = {"color": "white" if share > 0.5 else "black", "fontsize": 8}
@@ -1018,7 +1018,7 @@ def picture_strip(dataset, rows, query):
         frame = frame.repeat(1, side + 2 * edge, side + 2 * edge)
         frame[:, edge:-edge, edge:-edge] = dataset.pixels[dataset.cache_rows[row]]
         strip.append(F.pad(frame, (0, edge), value=255))
-    return torch.cat(strip, 2).permute(1, 2, 0)
+    return torch.cat(strip, 2).permute(1, 2, 0).numpy()
 
 
 def draw_retrieval(dataset, features):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import indofashion_clip as ic  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # beside the other worker's
 CPU = torch.device("cpu")
 
 
@@ -130,10 +130,11 @@ def launch(script, *arguments, processes=1, code=0, torchrun=(), **variables):
     done = subprocess.run(
         [*command, str(script), *map(str, arguments)],
         cwd=script.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)} | variables,
+        env={"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(script.parent)} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         timeout=300,
     )
     assert code is None or done.returncode == code, f"exit {done.returncode}\n{done.stdout}"
