@@ -54,7 +54,7 @@ WITHOUT_TITLE = {"sherwanis": 0.4, "lehenga": 0.3, "palazzos": 0.1, "petticoats"
 
 
 class Canvas:
-    """A picture drawn in units of its own height, x from the middle, turned and shifted as a pose."""
+    """A picture drawn in units of its own height, x from the middle, turned as a pose."""
 
     def __init__(self, rng, background):
         self.height = rng.randint(210, 300) * SUPERSAMPLE
@@ -120,7 +120,8 @@ def texture(rng, size, pattern, colour, accent):
                     draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=accent)
             elif pattern == "Woven Design":
                 draw.polygon(
-                    [(x, y - step / 4), (x + step / 5, y), (x, y + step / 4), (x - step / 5, y)], fill=accent
+                    [(x, y - step / 4), (x + step / 5, y), (x, y + step / 4), (x - step / 5, y)],
+                    fill=accent,
                 )
     return sheet
 
@@ -137,7 +138,7 @@ def sleeves(c, fill, skin, length, width=0.03, spread=0.17):
     """Arms from the shoulders; `length` of them is covered, the rest is skin."""
     for side in (-1, 1):
 
-        def arm(start, end):
+        def arm(start, end, side=side):
             x0, x1 = 0.085 + (spread - 0.085) * start, 0.085 + (spread - 0.085) * end
             y0, y1 = 0.19 + 0.29 * start, 0.19 + 0.29 * end
             return [
@@ -187,7 +188,9 @@ def draw_saree(c, rng, cloth, dark, accent, skin):
 
 
 def draw_blouse(c, rng, cloth, dark, accent, skin):
-    cloth(mirrored([(0.07, 0.26), (0.19, 0.3), (0.28, 0.5), (0.2, 0.55), (0.16, 0.47), (0.15, 0.72)]))
+    cloth(
+        mirrored([(0.07, 0.26), (0.19, 0.3), (0.28, 0.5), (0.2, 0.55), (0.16, 0.47), (0.15, 0.72)])
+    )
     c.fill(mirrored([(0.07, 0.25), (0.05, 0.36), (0.02, 0.4)]), c.background)
     c.line([(0.07, 0.26), (0.05, 0.36), (0.0, 0.41), (-0.05, 0.36), (-0.07, 0.26)], accent, 0.012)
     c.line([(0, 0.41), (0, 0.71)], dark)
@@ -214,14 +217,23 @@ def draw_dhoti_pants(c, rng, cloth, dark, accent, skin):
     hem(c, 0.16, 0.125, dark, 0.04)
     for x in (0.03, 0.07, 0.11):
         for side in (-1, 1):
-            c.line([(side * x * 0.8, 0.17), (side * x * 1.9, 0.5), (side * (0.07 + x / 4), 0.86)], dark)
+            c.line(
+                [(side * x * 0.8, 0.17), (side * x * 1.9, 0.5), (side * (0.07 + x / 4), 0.86)], dark
+            )
     for side in (-1, 1):
         c.line([(side * 0.055, 0.9), (side * 0.115, 0.9)], accent, 0.025)
 
 
 def draw_dupattas(c, rng, cloth, dark, accent, skin):
     for side, bottom in ((-1, 0.9), (1, 0.8)):
-        cloth([(side * 0.01, 0.1), (side * 0.1, 0.13), (side * 0.17, bottom - 0.04), (side * 0.06, bottom)])
+        cloth(
+            [
+                (side * 0.01, 0.1),
+                (side * 0.1, 0.13),
+                (side * 0.17, bottom - 0.04),
+                (side * 0.06, bottom),
+            ]
+        )
         c.line([(side * 0.17, bottom - 0.08), (side * 0.06, bottom - 0.04)], accent, 0.03)
         for i in range(6):
             x = side * (0.06 + 0.022 * i)
@@ -291,7 +303,7 @@ def draw_lehenga(c, rng, cloth, dark, accent, skin):
 def draw_mojaris_men(c, rng, cloth, dark, accent, skin):
     for dx, dy in ((0.05, 0.33), (-0.03, 0.6)):  # from the side, the toe curling up
 
-        def at(*points):
+        def at(*points, dx=dx, dy=dy):
             return [(x + dx, y + dy) for x, y in points]
 
         cloth(
@@ -317,7 +329,7 @@ def draw_mojaris_men(c, rng, cloth, dark, accent, skin):
 def draw_mojaris_women(c, rng, cloth, dark, accent, skin):
     for side in (-1, 1):  # a pair from above
 
-        def at(*points):
+        def at(*points, side=side):
             return [(side * 0.13 + x, y) for x, y in points]
 
         cloth(
@@ -410,7 +422,9 @@ def draw_women_kurta(c, rng, cloth, dark, accent, skin):
 def draw(label, rng):
     """One picture of the class, and the words that its title is made of."""
     colour_name = rng.choice(list(COLOURS))
-    accent_name = rng.choice([name for name in COLOURS if name != colour_name] + ["Gold-Toned"] * 12)
+    accent_name = rng.choice(
+        [name for name in COLOURS if name != colour_name] + ["Gold-Toned"] * 12
+    )
     pattern = "Solid" if rng.random() < 0.4 else rng.choice(PATTERNS)
     fabric = rng.choice(FABRICS)
     colour = tuple(min(255, max(0, value + rng.randint(-12, 12))) for value in COLOURS[colour_name])
@@ -420,7 +434,7 @@ def draw(label, rng):
         if rng.random() < 0.75
         else tuple(rng.randint(185, 245) for _ in range(3))
     )
-    if sum(abs(a - b) for a, b in zip(colour, background)) < 70:
+    if sum(abs(a - b) for a, b in zip(colour, background, strict=True)) < 70:
         background = shade(background, 0.78)
     c = Canvas(rng, background)
     c.background = background
@@ -428,16 +442,22 @@ def draw(label, rng):
         ImageDraw.Draw(c.image).rectangle(
             (0, int(c.height * 0.9), c.width, c.height), fill=shade(background, 0.93)
         )
-    sheet = texture(rng, c.image.size, "Solid" if label == "petticoats" else pattern, colour, accent)
-    globals()[f"draw_{label}"](c, rng, lambda points: c.cloth(points, sheet), dark, accent, rng.choice(SKIN))
+    sheet = texture(
+        rng, c.image.size, "Solid" if label == "petticoats" else pattern, colour, accent
+    )
+    globals()[f"draw_{label}"](
+        c, rng, lambda points: c.cloth(points, sheet), dark, accent, rng.choice(SKIN)
+    )
     light = Image.linear_gradient("L").resize(c.image.size).point(lambda v: 255 - v // 9)
     picture = ImageChops.multiply(c.image, Image.merge("RGB", (light,) * 3))
     words = {"fabric": fabric, "pattern": pattern, "colour": colour_name, "accent": accent_name}
-    return picture.resize((c.width // SUPERSAMPLE, c.height // SUPERSAMPLE), Image.Resampling.LANCZOS), words
+    return picture.resize(
+        (c.width // SUPERSAMPLE, c.height // SUPERSAMPLE), Image.Resampling.LANCZOS
+    ), words
 
 
 def title(label, words, rng):
-    """A title in the manner of the real ones: colour first, last or in brackets, `&amp;` now and then."""
+    """A title in the manner of the real ones: colour first, last or in brackets, some `&amp;`."""
     if rng.random() < WITHOUT_TITLE.get(label, 0.03):
         return "N/A"
     body = TITLES[label].format(**words)
@@ -446,7 +466,11 @@ def title(label, words, rng):
     if style < 0.12:  # sellers repeat themselves
         return TITLES[label].format(fabric="", pattern="Embroidered").replace("  ", " ").strip()
     return (
-        f"{colours} {body}" if style < 0.5 else f"{body} ({colours})" if style < 0.8 else f"{body}, {colours}"
+        f"{colours} {body}"
+        if style < 0.5
+        else f"{body} ({colours})"
+        if style < 0.8
+        else f"{body}, {colours}"
     )
 
 

@@ -21,7 +21,9 @@ def test_the_generator_rewrites_the_same_bytes(tmp_path):
         subprocess.run([sys.executable, ROOT / "data/make_sample.py", tmp_path / name], check=True)
     files = sorted(path.relative_to(SAMPLE) for path in SAMPLE.rglob("*") if path.is_file())
     assert files == sorted(
-        path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()
+        path.relative_to(tmp_path / "one")
+        for path in (tmp_path / "one").rglob("*")
+        if path.is_file()
     )
     [drawn_with] = re.findall(
         r"Pillow (\d[\d.]*\d)", (ROOT / "data/make_sample.py").read_text(encoding="utf-8")
@@ -43,6 +45,12 @@ def test_every_class_has_its_pictures(split, count):
 
 def test_the_real_files_quirks_are_there():
     titles = [row["product_title"] for row in rows("train")]
-    assert "N/A" in titles and any("&amp;" in title for title in titles) and len(set(titles)) < len(titles)
-    assert any("color" in row for row in rows("train")) and any("color" not in row for row in rows("train"))
+    assert (
+        "N/A" in titles
+        and any("&amp;" in title for title in titles)
+        and len(set(titles)) < len(titles)
+    )
+    assert any("color" in row for row in rows("train")) and any(
+        "color" not in row for row in rows("train")
+    )
     assert {row["image_path"].split(".")[-1] for row in rows("train")} >= {"jpeg", "jpg", "png"}
