@@ -624,12 +624,10 @@ def evaluate(state, dataset):
 
 
 def best_line(history):
-    """The line of metrics.jsonl of the best epoch: what people do is classify and search."""
-
-    def score(line):
-        return line["accuracy"] + line["image_to_text_r5"] + line["text_to_image_r5"]
-
-    return max((line for line in history if line["split"] == "val"), key=score)
+    """The line of metrics.jsonl of the best epoch, by what people do: classify and search."""
+    keys = ("accuracy", "image_to_text_r5", "text_to_image_r5")
+    val = [line for line in history if line["split"] == "val"]
+    return max(val, key=lambda line: sum(line[key] for key in keys))
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -959,11 +957,6 @@ def save_figure(name, figure):
         figure.savefig(file, format="png", dpi=100, bbox_inches="tight", pad_inches=0.15)
 
 
-def shorten(text, width):
-    """In two lines at most."""
-    return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder=" …"))
-
-
 def draw_curves(history, best_epoch):
     """curves.png: the epochs' lines of metrics.jsonl."""
     shares = [f"{way}_r{k}" for way in WAYS for k in (1, 5)]
@@ -985,7 +978,7 @@ def draw_curves(history, best_epoch):
 
 def draw_confusion(class_labels, confusions):
     """confusion.png: of each class, the percentages taken for each class, before and after."""
-    names = [shorten(label, 30) for label in class_labels]
+    names = [textwrap.fill(label, 30, max_lines=2) for label in class_labels]
     side = max(2.5, 0.32 * len(names))  # inches
     margin = 0.8 + 0.08 * max(len(line) for name in names for line in name.split("\n"))
     figure = Figure(figsize=(2 * side + margin, side + margin + 0.3), layout="constrained")
@@ -1039,7 +1032,7 @@ def draw_retrieval(dataset, features):
             found = nearest(texts[dataset.caption_ids[query]][None], images, 5)[0].tolist()
             panel.imshow(picture_strip(dataset, found, query))
             panel.set_ylabel(when)
-        title = shorten(dataset.records[query].caption, 70)
+        title = textwrap.fill(dataset.records[query].caption, 70, max_lines=2)
         pair[0].set_title(title, loc="left", fontsize=11, parse_math=False)
     figure.supxlabel("dark frame: the caption's own picture; light: its class", fontsize=10)
     save_figure("retrieval.png", figure)
