@@ -1,367 +1,398 @@
-"""Rows, captions and pictures: the real files' quirks, and everything that can be wrong with them."""
+"""Rows, captions, pictures, their cache and batches: what they become, and all that can go bad."""
 
 import json
+import os
 import random
-import subprocess
+import shutil
 import sys
-from types import SimpleNamespace
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import clip
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    edited_script,
-    environment,
-    make_dataset,
-    quick,
-    read_skipped,
-    run_script,
-    tiny_model,
-    write_rows,
-)
-from hypothesis import given, settings as hypothesis_settings, strategies as st
-from PIL import Image, ImageOps
+from conftest import quick, read_lines, tiny_model, write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 import indofashion_clip as ic
 
+FILE = "cache/train.u8"
 
-def row(title="Women's Silk Saree", path="images/train/0.jpeg", label="saree", **more):
-    return {
-        "image_url": "N/A",
-        "image_path": path,
-        "brand": "N/A",
-        "product_title": title,
-        "class_label": label,
-    } | more
+
+@pytest.fixture
+def place(dataset, tmp_path, monkeypatch):
+    """A small dataset that the constants name, in a folder that the other paths are relative to."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in quick(dataset, CACHE_PATH="cache", OUTPUT_PATH="outputs").items():
+        monkeypatch.setattr(ic, name, value)
+    ic.check_constants()
+    return dataset
+
+
+# ---- Rows ----
+def row(title="Women's Silk Saree", path="images/train/0.jpeg", label="saree"):
+    return {"image_path": path, "brand": "N/A", "product_title": title, "class_label": label}
 
 
 @pytest.mark.parametrize(
     "title, caption",
     [
         ("Navy Blue &amp; Gold-Toned  Silk\tSaree ", "Navy Blue & Gold-Toned Silk Saree"),
-        ("Aambal® Women’s Saree", "Aambal® Women’s Saree"),
-        ("x" * 60 + " Red", "x" * 60 + " Red"),
-        ("N/A", "a photo of a saree"),
-        ("NA", "a photo of a saree"),
-        ("", "a photo of a saree"),
-        ("  ", "a photo of a saree"),
-        (None, "a photo of a saree"),
-        (7, "a photo of a saree"),
+        ("Aambal® Women’s Saree" + "e" * 60, "Aambal® Women’s Saree" + "e" * 60),
         ("bad \ud800 half", "bad half"),
+        *((none, None) for none in ("N/A", "n/a", "NA", "", " \u3000", "&nbsp;", None, 7, ["Red"])),
     ],
 )
-def test_captions(tmp_path, settings, title, caption):
-    write_rows(tmp_path / "rows.json", [row(title)])
-    [record], skipped = ic.read_records(tmp_path / "rows.json", settings)
-    assert record.caption == caption and not skipped
-    assert record.titled == (not caption.startswith("a photo"))
+def test_captions_are_cleaned_and_without_a_title_a_class_prompt(tmp_path, title, caption):
+    write_lines(tmp_path / "rows.json", [row(title)])
+    [record], skipped = ic.read_records(tmp_path / "rows.json")
+    assert record.caption == (caption or "a photo of a saree") and not skipped
+    assert record.titled == bool(caption)
 
 
-def test_class_names(settings):
-    assert ic.class_prompts("kurta_men", settings)[0] == "a photo of a men's kurta"
-    assert ic.class_prompts("t_shirt", settings)[0] == "a photo of a t shirt"
+def test_class_names_are_words_and_prompts_may_be_a_single_string(monkeypatch):
+    assert ic.class_prompts("kurta_men")[0] == "a photo of a men's kurta"
+    assert ic.class_prompts("t_shirt") == [p.replace("{}", "t shirt") for p in ic.PROMPTS]
+    monkeypatch.setattr(ic, "PROMPTS", "one {}, new")
+    assert ic.class_prompts("saree") == ["one saree, new"]
 
 
-def test_json_array_reads_as_json_lines(tmp_path, settings):
-    rows = [row(), row("Red Saree", "images/train/1.jpeg")]
-    write_rows(tmp_path / "lines.json", rows)
-    (tmp_path / "array.json").write_text("\ufeff \n" + json.dumps(rows, indent=1), encoding="utf-8")
-    assert ic.read_records(tmp_path / "lines.json", settings) == ic.read_records(
-        tmp_path / "array.json", settings
-    )
+def test_unusable_rows_are_named_by_line_and_reason_and_unreadable_files_raise(tmp_path):
+    bad = [row(path=None), row(label=""), row(label=3), [1, 2]]
+    texts = [json.dumps(row()), "{not json", "[" * 100_000, "", *map(json.dumps, [*bad, row()])]
+    (tmp_path / "rows.json").write_text("\ufeff" + "\r\n".join(texts), encoding="utf-8")
+    records, skipped = ic.read_records(tmp_path / "rows.json")
+    assert [record.line for record in records] == [1, 9]
+    assert [line for line, _ in skipped] == [2, 3, 5, 6, 7, 8]
+    assert all("image_path" in reason and "class_label" in reason for _, reason in skipped)
+    for unreadable in (tmp_path, tmp_path / "missing.json"):
+        with pytest.raises(OSError):
+            ic.read_records(unreadable)
 
 
-def test_unusable_rows(tmp_path, settings):
-    good = row()
-    lines = [
-        "{not json",
-        "[1, 2]",
-        "",
-        json.dumps(row(path=None)),
-        json.dumps(row(label="")),
-        json.dumps(row(path="/etc/passwd")),
-        json.dumps(row(path="images/../../x.jpeg")),
-        "[" * 100_000,
-        json.dumps(good),
-        json.dumps(row(path="images/a/../b.jpeg")),
-    ]
-    (tmp_path / "rows.json").write_text("\n".join(lines), encoding="utf-8")
-    records, skipped = ic.read_records(tmp_path / "rows.json", settings)
-    assert [record.line for record in records] == [9, 10]
-    assert [line for line, _ in skipped] == [1, 2, 4, 5, 6, 7, 8]
-    reasons = dict(skipped)
-    assert reasons[1] == reasons[2] == "not a JSON object"
-    assert reasons[4] == "no image_path" and reasons[5] == "no class_label"
-    assert "outside IMAGE_PATH" in reasons[6] and "outside IMAGE_PATH" in reasons[7]
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+values = st.recursive(scalars, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=5)
+fields = st.sampled_from(["image_path", "class_label", "product_title", "color"])
+rows = st.lists(st.dictionaries(fields, values | st.text()) | values)
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=5,
-)
-field_names = st.sampled_from(["image_path", "class_label", "product_title", "color"])
-almost_rows = st.dictionaries(field_names, json_values | st.text(), max_size=4)
-
-
-@hypothesis_settings(max_examples=300, deadline=None)
-@given(
-    st.binary()
-    | st.lists(almost_rows | json_values).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
-    | st.lists(almost_rows).map(lambda rows: json.dumps(rows).encode())
-)
+@settings(max_examples=300, deadline=None)
+@given(st.binary() | rows.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()))
 def test_any_bytes_give_records_or_reasons(tmp_path_factory, content):
-    settings = SimpleNamespace(PROMPTS=ic.PROMPTS, CLASS_NAMES=ic.CLASS_NAMES)
     path = tmp_path_factory.mktemp("fuzz") / "rows.json"
     path.write_bytes(content)
-    records, skipped = ic.read_records(path, settings)
+    records, skipped = ic.read_records(path)
+    lines = [record.line for record in records] + [line for line, reason in skipped if reason]
+    assert len(set(lines)) == len(lines) == len(records) + len(skipped)
     for record in records:
-        assert record.caption and record.class_label and record.image_path
-        record.caption.encode("utf-8")
-        assert not record.image_path.startswith(("/", ".."))
-    assert all(isinstance(line, int) and reason for line, reason in skipped)
-    assert len({line for line, _ in skipped} | {r.line for r in records}) == len(skipped) + len(records)
+        assert record.caption and ic.decode(os.path.join("nowhere", record.image_path), 8)[1]
     if records:
-        ic.tokenize([record.caption for record in records])
+        data = ic.FashionDataset(records, None, sorted({record.class_label for record in records}))
+        assert data.tokens[data.caption_ids].shape == (len(records), 77)
 
 
-def test_unreadable_file_raises_oserror(tmp_path, settings):
-    with pytest.raises(OSError):
-        ic.read_records(tmp_path / "missing.json", settings)
+def numbered(captions, titled=lambda i: True):
+    """A dataset of two classes whose pictures show the number of their row."""
+    about = [(caption, ("gowns", "saree")[i % 2], titled(i)) for i, caption in enumerate(captions)]
+    records = [ic.Record(i + 1, i, "x", *rest) for i, rest in enumerate(about)]
+    pixels = torch.arange(len(records), dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 1, 1)
+    return ic.FashionDataset(records, pixels, ["gowns", "saree"])
 
 
-def test_tokens_are_clips_and_truncation_is_counted():
-    captions = ["Navy Blue & Gold Saree", "word " * 75, "word " * 76, "word " * 500]
-    tokens, truncated = ic.tokenize(captions)
-    assert torch.equal(tokens.long(), clip.tokenize(captions, truncate=True))
-    assert truncated == 2
+def test_tokens_are_clips_own_and_each_caption_is_tokenized_once(monkeypatch):
+    captions = ["Blue Saree", "word " * 75, "word " * 76, "blue SAREE", "Blue Saree", "साड़ी"]
+    captions.append("CafÃ© Saree")  # UTF-8 read as Latin-1: clip reads it as Café Saree
+    expected = clip.tokenize(captions, truncate=True)
+    monkeypatch.setattr(clip, "tokenize", spy := Mock(wraps=clip.tokenize))
+    data = numbered(captions)
+    assert torch.equal(data[torch.arange(7)][1], expected)
+    seen = [text.lower() for call in spy.call_args_list for text in call.args[0]]
+    assert len(seen) == len(set(seen)) == 5 + 2 * len(ic.PROMPTS)
+    assert data.num_captions == 5 and data.caption_ids.tolist() == [0, 1, 2, 0, 0, 3, 4]
 
 
-def test_every_caption_is_tokenized_once(dataset, settings, monkeypatch):
-    seen = []
-    real = ic.tokenize
-    monkeypatch.setattr(ic, "tokenize", lambda captions: seen.extend(captions) or real(captions))
-    records = [ic.Record(i + 1, "x", f"caption {i % 3}", "saree", True) for i in range(9)]
-    data = ic.FashionDataset("train", records, settings, 64, None, list(range(9)), 0)
-    assert len(seen) == len(set(seen)) == 3 + len(settings.PROMPTS)
-    assert data.captions == ["caption 0", "caption 1", "caption 2"]
-    assert data.caption_ids.tolist() == [0, 1, 2] * 3
-
-
-def photo(size=(320, 420), seed=0):
-    rng = random.Random(seed)
-    small = Image.new("RGB", (8, 10))
-    small.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(80)])
-    return small.resize(size, Image.Resampling.BICUBIC)
+# ---- Pictures ----
+def photo(size):
+    colors = random.Random(0).randbytes(240)
+    return Image.frombytes("RGB", (8, 10), colors).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("size", [(320, 420), (500, 300), (50, 40), (224, 224), (224, 1000)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_pixels_normalised_are_clips_preprocessing_bit_for_bit(tmp_path, size, mode):
     photo(size).convert(mode).save(tmp_path / "a.png")
-    pixels = ic.load_image(tmp_path / "a.png", 224)
-    model = tiny_model()
+    pixels, model = ic.load_image(tmp_path / "a.png", 224), tiny_model()
     expected = clip.clip._transform(224)(Image.open(tmp_path / "a.png"))
     assert torch.equal((pixels.float().div(255) - model.mean) / model.std, expected)
 
 
-def close(path, expected, tolerance=3):
-    pixels = ic.load_image(path, 64)
-    expected.save(path.with_name("expected.png"))
-    difference = (pixels.int() - ic.load_image(path.with_name("expected.png"), 64).int()).abs()
-    return difference.float().mean() <= tolerance
-
-
-def test_pictures_load_as_a_viewer_shows_them(tmp_path):
-    original = photo((100, 100))
-    original.convert("CMYK").save(tmp_path / "cmyk.jpeg", quality=100, subsampling=0)
-    assert close(tmp_path / "cmyk.jpeg", original, 8)
-    original.quantize(256).save(tmp_path / "palette.png")
-    assert close(tmp_path / "palette.png", original.quantize(256).convert("RGB"), 0.1)
-    original.quantize(64).save(tmp_path / "palette.gif")
-    assert close(tmp_path / "palette.gif", original.quantize(64).convert("RGB"), 2)
-    grey = original.convert("L")
-    grey.save(tmp_path / "grey.jpeg", quality=100)
-    assert close(tmp_path / "grey.jpeg", grey.convert("RGB"))
-    deep = Image.new("I;16", grey.size)
-    deep.putdata(
-        [
-            value * 257
-            for value in list(
-                grey.get_flattened_data() if hasattr(grey, "get_flattened_data") else grey.getdata()
-            )
-        ]
-    )
-    deep.save(tmp_path / "deep.png")
-    assert close(tmp_path / "deep.png", grey.convert("RGB"), 1)
-    half = original.convert("RGBA")
-    half.putalpha(Image.linear_gradient("L").resize(half.size))
-    half.save(tmp_path / "half.png")
-    white = Image.new("RGBA", half.size, "white")
-    assert close(tmp_path / "half.png", Image.alpha_composite(white, half).convert("RGB"), 0.1)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it turned back by 90 degrees
-    wide = photo((160, 100))
-    wide.save(tmp_path / "turned.jpeg", exif=exif, quality=100, subsampling=0)
-    assert close(
-        tmp_path / "turned.jpeg", ImageOps.exif_transpose(Image.open(tmp_path / "turned.jpeg")).convert("RGB")
-    )
-    assert close(tmp_path / "turned.jpeg", wide.transpose(Image.Transpose.ROTATE_270))
-
-
-def break_pictures(data):
-    """One of each kind of bad picture among the train rows → {line: a word of the reason}."""
-    rows = [json.loads(line) for line in open(data / "train_data.json", encoding="utf-8")]
-    paths = [data / r["image_path"] for r in rows]
-    paths[0].unlink()
-    paths[1].write_bytes(b"")
-    paths[2].write_bytes(photo().tobytes()[:5000])
-    whole = (data / rows[3]["image_path"]).read_bytes()
-    paths[3].write_bytes(whole[: len(whole) // 2])
-    Image.new("1", (20_000, 20_000)).save(paths[4], "PNG")
-    Image.new("RGB", (2, 4000)).save(paths[5], "PNG")
-    return {1: "no image", 2: "empty", 3: "cannot identify", 4: "truncated", 5: "bomb", 6: "strip"}
-
-
-@pytest.mark.parametrize("cache", ["cache", ""])
-def test_bad_pictures_are_left_out_listed_and_counted(tmp_path, dataset, cache):
-    expected = break_pictures(dataset)
-    for _ in range(2):  # the second time from the cache
-        (tmp_path / "outputs" / "last.pt").unlink(missing_ok=True)
-        output = run_script(tmp_path, **quick(dataset, NUM_EPOCHS=1, CACHE_PATH=cache))
-        skipped = read_skipped(tmp_path)
-        assert {s["line"] for s in skipped} == set(expected) and {s["split"] for s in skipped} == {"train"}
-        assert all(expected[s["line"]] in s["reason"] for s in skipped), skipped
-        assert "18 rows used, 6 left out" in output
+WIDE, GREY, FADING = photo((160, 100)), photo((100, 100)).convert("L"), photo((100, 100))
+FADING.putalpha(Image.linear_gradient("L").resize((100, 100)))
+ON_WHITE = Image.alpha_composite(Image.new("RGBA", (100, 100), "white"), FADING)
+DEEP = Image.frombytes("I;16", GREY.size, bytes(byte for byte in GREY.tobytes() for _ in "16"))
+(TURNED := Image.Exif())[0x0112] = 6  # the camera was turned: show it turned back by 90 degrees
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "name, saved, how, shown, tolerance",
     [
-        ({"IMAGE_PATH": "nowhere"}, ["IMAGE_PATH", "nowhere"]),
-        ({"JSON_PATH": "nowhere/{split}.json"}, ["JSON_PATH", "nowhere/train.json"]),
-        ({"IMAGE_PATH": "."}, ["images/train/", "IMAGE_PATH", "24 of 24"]),
-        ({"MODEL": "ViT-Z"}, ["MODEL", "ViT-Z", "ViT-B/32"]),
-        ({"MODEL": "garbage.pt"}, ["MODEL", "garbage.pt"]),
+        ("cmyk.jpeg", WIDE.convert("CMYK"), {"quality": 100, "subsampling": 0}, WIDE, 8),
+        ("palette.png", WIDE.quantize(256), {}, WIDE.quantize(256), 0),
+        ("palette.gif", WIDE.quantize(64), {}, WIDE.quantize(64), 0),
+        ("grey.jpeg", GREY, {"quality": 100}, GREY, 1),
+        ("deep.png", DEEP, {}, GREY, 1),
+        ("fading.png", FADING, {}, ON_WHITE, 0),
+        ("turned.jpeg", WIDE, {"exif": TURNED}, WIDE.transpose(Image.Transpose.ROTATE_270), 3),
     ],
 )
-def test_mistakes_stop_the_run_with_one_line(tmp_path, dataset, change, words):
-    (tmp_path / "garbage.pt").write_bytes(b"PK\x03\x04 garbage" * 99)
-    output = run_script(tmp_path, code=1, **quick(dataset) | change)
-    last = output.strip().splitlines()[-1]
-    assert all(word in last for word in words), output
-    assert "Traceback" not in output
+def test_pictures_load_as_a_viewer_shows_them(tmp_path, name, saved, how, shown, tolerance):
+    saved.save(tmp_path / name, **how)
+    shown.convert("RGB").save(tmp_path / "shown.png")
+    pixels, expected = (ic.load_image(tmp_path / file, 64).float() for file in (name, "shown.png"))
+    assert (pixels - expected).abs().mean() <= tolerance
 
 
-def test_no_usable_row_stops_the_run(tmp_path, dataset):
-    (dataset / "train_data.json").write_text("")
-    assert "Traceback" not in run_script(tmp_path, code=1, **quick(dataset))
-
-
-def test_a_dataset_without_val_and_test_trains(tmp_path, dataset):
-    (dataset / "val_data.json").unlink()
-    (dataset / "test_data.json").unlink()
-    output = run_script(tmp_path, **quick(dataset))
-    assert "nothing is evaluated on it" in output and (tmp_path / "outputs/best.pt").exists()
-
-
-def test_the_cache_is_rebuilt_when_and_only_when_something_changed(tmp_path, monkeypatch):
-    make_dataset(tmp_path, train=6)
-    paths = sorted(str(path) for path in (tmp_path / "images/train").iterdir())
-    runs = []
-    real = ic.decode_pictures
-    monkeypatch.setattr(ic, "decode_pictures", lambda *a: runs.append(1) or real(*a))
-    cache = str(tmp_path / "cache" / "train.u8")
-
-    def pixels(resolution=64, files=paths):
-        return ic.cache_pictures(files, resolution, cache, 0)[0]
-
-    first = pixels().clone()
-    assert torch.equal(first, torch.stack([ic.load_image(path, 64) for path in paths]))
-    assert torch.equal(pixels(), first) and len(runs) == 1
-    pixels(resolution=32)
-    assert len(runs) == 2
-    assert torch.equal(pixels(files=paths[::-1]), first.flip(0)) and len(runs) == 3
-    photo((90, 90)).save(paths[0], "JPEG")
-    assert not torch.equal(pixels()[0], first[0]) and len(runs) == 4
-    open(cache, "r+b").truncate(1000)
-    assert torch.equal(pixels()[1:], first[1:]) and len(runs) == 5
-
-
-def test_a_failed_cache_leaves_nothing(tmp_path, monkeypatch):
-    make_dataset(tmp_path, train=6)
-    paths = sorted(str(path) for path in (tmp_path / "images/train").iterdir())
-    monkeypatch.setattr(ic, "decode_pictures", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        ic.cache_pictures(paths, 64, str(tmp_path / "cache/train.u8"), 0)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] in ([], ["train.u8.lock"])
-
-
-def test_two_runs_that_make_one_cache_take_turns(tmp_path):
-    make_dataset(tmp_path, train=20)
-    script = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); import indofashion_clip as ic, glob\n"
-        "paths = sorted(glob.glob(sys.argv[2] + '/images/train/*'))\n"
-        "pixels, bad = ic.cache_pictures(paths, 224, sys.argv[2] + '/cache/train.u8', 2)\n"
-        "assert not bad and torch.equal(pixels, torch.stack([ic.load_image(path, 224) for path in paths]))\n"
-    )
-    command = [sys.executable, "-c", script, str(ROOT), str(tmp_path)]
-    runs = [subprocess.Popen(command, env=environment()) for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-
-
-def test_too_little_disk_says_what_to_do(tmp_path, monkeypatch):
-    make_dataset(tmp_path, train=2)
-    monkeypatch.setattr(ic.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
-    paths = sorted(str(path) for path in (tmp_path / "images/train").iterdir())
-    with pytest.raises(ic.Stop, match="CACHE_PATH.*Free some"):
-        ic.cache_pictures(paths, 64, str(tmp_path / "cache/train.u8"), 0)
+def test_bad_pictures_are_left_out_and_listed_and_odd_paths_work(place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # leave a GPU as it is
+    ic.prepare_machine()  # a large picture is a mere warning otherwise
+    rows = read_lines(place / "train_data.json")
+    good = (place / rows[0]["image_path"]).read_bytes()
+    contents = {"empty": b"", "text": b"<html>", "cut": good[:-500], "C:x": good, "../out": good}
+    for name, content in contents.items():
+        (place / f"{name}.jpg").write_bytes(content)
+    for name, *size in (("bomb", 20_000, 20_000), ("large", 10_000, 10_000), ("strip", 2, 400)):
+        Image.new("1", size).save(place / f"{name}.png")
+    bad = {"empty.jpg": "cannot identify", "text.jpg": "cannot identify", "cut.jpg": "truncated"}
+    bad |= {"bomb.png": "Bomb", "large.png": "Bomb", "strip.png": "strip"}
+    nowhere = ("no.jpg", "", ".", "images", "a\0.jpg", "\ud800.jpg", "../../no.jpg", "/no.jpg")
+    bad |= dict.fromkeys(nowhere, "no such file")
+    odd = ["C:x.jpg", "images/../C:x.jpg", "../out.jpg", str(place.parent / "out.jpg")]
+    odd += [row["image_path"] for row in rows[: len(bad) - len(odd)]]  # half of all is good
+    write_lines(place / "train_data.json", [row(path=path) for path in [*bad, *odd]])
+    expected = torch.stack([ic.load_image(place / path, 64) for path in odd])
+    for _ in range(2):
+        train = ic.load_splits(64)["train"]
+        assert [record.image_path for record in train.records] == odd
+        assert torch.equal(train[torch.arange(len(odd))][0], expected)
+        skipped = read_lines("outputs/skipped.jsonl")
+        lines = [("train", line) for line in range(1, len(bad) + 1)]
+        assert [(row["split"], row["line"]) for row in skipped] == lines
+        assert all(why in row["reason"] for why, row in zip(bad.values(), skipped, strict=True))
+        monkeypatch.setattr(ic, "load_image", None)  # then all is from the cache
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_mutated_pictures_are_decoded_or_listed(tmp_path, kind):
-    rng = random.Random(kind)
-    photo((40, 48)).save(tmp_path / "whole", kind)
-    whole = (tmp_path / "whole").read_bytes()
-    decoded = 0
-    for number in range(600):
+def test_mutated_pictures_are_decoded_or_the_reason_is_told(tmp_path, kind):
+    rng, path, reasons = random.Random(kind), tmp_path / "mutated", set()
+    photo((40, 48)).save(path, kind)
+    whole = path.read_bytes()
+    for _ in range(200):
         mutated = bytearray(whole)
         for _ in range(rng.choice([1, 1, 2, 5, 20])):
             mutated[rng.randrange(len(mutated))] = rng.randrange(256)
-        if rng.random() < 0.2:
-            mutated = mutated[: rng.randrange(len(mutated))]
-        (tmp_path / "mutated").write_bytes(mutated)
-        pixels = ic.read_image(str(tmp_path / "mutated"), 32)
-        if isinstance(pixels, str):
-            assert str(tmp_path / "mutated") in pixels
-        else:
-            assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8
-            decoded += 1
-    assert 0 < decoded < 600
+        path.write_bytes(mutated[: rng.choice([None, None, rng.randrange(len(mutated))])])
+        pixels, reason = ic.decode(str(path), 32)
+        assert pixels.shape == (3, 32, 32) and (reason is None or str(path) in reason)
+        reasons.add(reason)
+    assert len(reasons) > 1 and None in reasons
 
 
-def test_spawned_workers_decode(tmp_path, dataset):
-    """As on Windows and macOS, where a worker imports the script anew and is sent the dataset."""
-    edited_script(tmp_path, **quick(dataset))
-    (tmp_path / "spawn.py").write_text(
-        "import os, torch, indofashion_clip as ic\n"
-        "if __name__ == '__main__':\n"
-        "    torch.multiprocessing.set_start_method('spawn')\n"
-        "    settings = ic.read_settings()\n"
-        "    os.makedirs(settings.OUTPUT_PATH)\n"
-        "    settings.CACHE_PATH = ''\n"
-        "    data, _ = ic.load_split('train', settings.JSON_PATH.replace('{split}', 'train'), settings, 64, 1)\n"
-        "    pixels, tokens, rows = next(iter(torch.utils.data.DataLoader(data, 24, num_workers=1)))\n"
-        "    assert pixels.shape == (24, 3, 64, 64) and rows.tolist() == list(range(24))\n"
-    )
-    subprocess.run([sys.executable, "spawn.py"], cwd=tmp_path, check=True, env=environment())
+# ---- The cache ----
+@pytest.fixture
+def paths(place):
+    return sorted(str(path) for path in (place / "images/train").iterdir())
 
 
-def test_91166_rows_are_read_and_their_pictures_numbered(tmp_path, settings):
-    """Size only: the time is measured by the benchmark."""
-    write_rows(
-        tmp_path / "rows.json", [row(f"Saree {i % 7000}", f"images/train/{i}.jpeg") for i in range(91_166)]
-    )
-    records, skipped = ic.read_records(tmp_path / "rows.json", settings)
-    assert len(records) == 91_166 and not skipped
+def cached(paths, resolution=64):
+    """The pictures' pixels by way of the cache."""
+    ic.make_cache(FILE, paths, resolution)
+    return ic.open_cache(FILE, (len(paths), 3, resolution, resolution))[0]
+
+
+def is_right(paths):
+    """Whether the cache gives these pictures, and its folder holds nothing else."""
+    expected = torch.stack([ic.load_image(path, 64) for path in paths])
+    return torch.equal(cached(paths), expected) and os.listdir("cache") == ["train.u8"]
+
+
+def test_the_cache_is_made_again_when_and_only_when_something_changed(paths, monkeypatch):
+    def is_made(paths, resolution=64):
+        monkeypatch.setattr(ic, "load_image", spy := Mock(wraps=ic.load_image))
+        cached(paths, resolution)
+        return len(spy.mock_calls)
+
+    assert is_made(paths) == 24 and not is_made(paths)
+    os.utime(paths[3], ns=(0, 0))
+    assert is_made(paths) == 24 and not is_made(paths)
+    with open(paths[3], "ab") as file:
+        file.write(b"more")
+    os.utime(paths[3], ns=(0, 0))
+    assert is_made(paths) == 24 and not is_made(paths)
+    assert is_made(paths, 32) == 24 and not is_made(paths, 32)
+    assert is_made(paths[::-1]) == 24 and is_made(paths[1:]) == 23 and not is_made(paths[1:])
+    shutil.copy2(paths[1], "as large and as old.jpeg")
+    assert is_made(["as large and as old.jpeg", *paths[2:]]) == 23 and is_right(paths[1:])
+
+
+def test_a_larger_file_of_other_pictures_is_replaced_without_reading_it_whole(paths):
+    with open(FILE, "wb") as file:
+        file.seek(2**32)  # sparse: it takes no disk
+        file.write(b"f" * 64 + b"[]")
+    tracemalloc.start()
+    cached(paths)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26 and os.path.getsize(FILE) < 2**20 and is_right(paths)
+
+
+@pytest.mark.parametrize("left", [0, 1000, 24 * 3 * 64**2, 24 * 3 * 64**2 + 63, -1])
+def test_a_cut_off_file_is_made_again(paths, left):
+    cached(paths)
+    os.truncate(FILE, left if left >= 0 else os.path.getsize(FILE) + left)
+    assert is_right(paths)
+
+
+def at_the_last(do, paths, monkeypatch):
+    """Let do() happen whenever the last of the pictures is decoded."""
+    load = ic.load_image
+    monkeypatch.setattr(ic, "load_image", lambda p, r: (p == paths[-1] and do(), load(p, r))[1])
+
+
+def test_a_file_that_another_process_finished_first_is_kept_and_ours_dropped(paths, monkeypatch):
+    def finish():
+        during.undo()
+        cached(paths)
+        others.append(os.stat(FILE).st_ino)
+
+    others = []
+    with monkeypatch.context() as during:
+        at_the_last(finish, paths, during)
+        cached(paths)
+    assert others == [os.stat(FILE).st_ino] and is_right(paths)
+
+
+def test_two_that_write_at_once_end_with_one_valid_file(paths, monkeypatch):
+    halves = []
+    both = threading.Barrier(2, lambda: halves.extend(os.listdir("cache")), timeout=60)
+    with monkeypatch.context() as during, ThreadPoolExecutor(2) as threads:
+        at_the_last(both.wait, paths, during)
+        assert torch.equal(*threads.map(cached, [paths, paths]))
+    assert len(halves) == 2 and is_right(paths)  # each had a file of its own
+
+
+def test_a_cache_that_is_interrupted_or_lacks_disk_leaves_nothing(paths, monkeypatch):
+    at_the_last(lambda: sys.exit(143), paths, monkeypatch)  # as at a signal
+    for words in ("143", "CACHE_PATH"):
+        with pytest.raises(SystemExit, match=words):
+            cached(paths)
+        assert os.listdir("cache") == []
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Mock(free=10))
+
+
+def test_what_killed_runs_left_is_removed_after_an_hour(paths):
+    for age in (3500, 3700):
+        open(f"cache/{age}.tmp", "x").close()
+        os.utime(f"cache/{age}.tmp", (time.time() - age,) * 2)
+    cached(paths)
+    assert sorted(os.listdir("cache")) == ["3500.tmp", "train.u8"]
+
+
+def test_only_the_first_process_of_a_machine_looks_at_the_pictures(place, monkeypatch):
+    first = ic.load_splits(64)["train"]
+    shutil.rmtree(place / "images")
+    monkeypatch.setattr(ic, "LOCAL_RANK", 1)
+    monkeypatch.setattr(os, "stat", spy := Mock(wraps=os.stat))
+    other = ic.load_splits(64)["train"]
+    assert other.records == first.records and torch.equal(other.pixels, first.pixels)
+    assert not [call for call in spy.call_args_list if "images" in str(call)]
+
+
+# ---- Splits ----
+@pytest.mark.parametrize("count, held_out", [(60, 3), (24, 1), (2, 1)])
+def test_without_a_val_file_a_seeded_twentieth_of_train_is_val(place, monkeypatch, count, held_out):
+    def lines(seed):
+        monkeypatch.setattr(ic, "SEED", seed)
+        splits = ic.load_splits(64)
+        assert list(splits) == ["train", "val"]
+        return [[record.line for record in data.records] for data in splits.values()]
+
+    monkeypatch.setattr(ic, "JSON_PATH", str(place / "train_data.json"))  # {split} is not in it
+    write_lines(place / "train_data.json", (read_lines(ic.JSON_PATH) * 3)[:count])
+    train, val = lines(0)
+    assert len(val) == held_out and sorted(train + val) == list(range(1, count + 1))
+    assert lines(0) == [train, val] and any(lines(seed)[1] != val for seed in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    "count, good, words",
+    [(24, 11, "ine 12: .*.jpeg"), (24, 0, "ine 1: "), (0, 0, "empty"), (1, 1, "one usable row")],
+)
+def test_too_few_usable_rows_end_with_one_line(place, count, good, words):
+    (place / "val_data.json").unlink()
+    rows = read_lines(place / "train_data.json")[:count]
+    write_lines(place / "train_data.json", rows)
+    for wrong in rows[good:]:
+        (place / wrong["image_path"]).unlink()
+    with pytest.raises(SystemExit, match=f"_data.json: .*{words}") as stop:
+        ic.load_splits(64)
+    assert "\n" not in str(stop.value)
+
+
+# ---- Batches ----
+def batches(data, epoch=1, size=5, first_step=0):
+    return list(ic.epoch_batches(data, epoch, size, first_step))
+
+
+def rows_of(batch):
+    return batch.pixels[:, 0, 0, 0].tolist()
+
+
+def test_batches_are_full_of_distinct_rows_and_follow_from_seed_epoch_and_step(monkeypatch):
+    data = numbered([f"saree {i}" for i in range(23)])
+    whole = batches(data)
+    assert [len(set(rows_of(batch))) for batch in whole] == [5] * 4
+    assert len(set(sum(map(rows_of, whole), []))) == 20
+    epochs = [batches(data, epoch) for epoch in range(9)]
+    assert len(set(sum(map(rows_of, sum(epochs, [])), []))) == 23  # who waited had a turn
+    for step in range(5):
+        for again, batch in zip(batches(data, first_step=step), whole[step:], strict=True):
+            assert all(torch.equal(*tensors) for tensors in zip(again, batch, strict=True))
+    monkeypatch.setattr(ic, "SEED", 1)
+    for other in (epochs[2], batches(data)):
+        assert rows_of(other[0]) != rows_of(whole[0])
+        assert not torch.equal(other[0].draws, whole[0].draws)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_shares_of_several_processes_are_equal_and_together_the_batch(monkeypatch, processes):
+    data, shares = numbered([f"saree {i // 2}" for i in range(30)]), []
+    whole = batches(data, size=8)
+    monkeypatch.setattr(ic, "WORLD_SIZE", processes)
+    for rank in range(processes):
+        monkeypatch.setattr(ic, "RANK", rank)
+        shares.append(batches(data, size=8))
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert {len(part.pixels) for part in parts} == {8 // processes}
+        assert sum(map(rows_of, parts), []) == rows_of(batch)
+        assert torch.equal(torch.cat([part.draws for part in parts]), batch.draws)
+        assert all(torch.equal(part.caption_ids, batch.caption_ids) for part in parts)
+        tokens = torch.cat([part.tokens[part.which] for part in parts])
+        assert torch.equal(tokens, data.tokens[batch.caption_ids])
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 1])
+def test_a_share_of_the_titles_and_all_that_is_untitled_becomes_a_class_prompt(monkeypatch, share):
+    monkeypatch.setattr(ic, "CLASS_PROMPT_SHARE", share)
+    data = numbered([f"saree {i}" for i in range(240)], titled=lambda i: i % 3 > 0)
+    [batch] = batches(data, size=240)
+    rows, texts = torch.tensor(rows_of(batch)), batch.tokens[batch.which]
+    own = (texts == data[rows][1]).all(1)
+    prompts = (data.tokens[data.prompt_ids[data.labels[rows]]] == texts[:, None]).all(2)
+    assert torch.equal(prompts.sum(1), (~own).long()) and not own[~data.titled[rows]].any()
+    assert prompts.any(0).all()  # each of PROMPTS has its turn
+    assert (~own)[data.titled[rows]].double().mean().item() == pytest.approx(share, abs=0.1 * share)

@@ -1,53 +1,117 @@
-"""The metrics against brute force."""
+"""The metrics against counting by hand."""
 
-import random
+import math
+from unittest.mock import Mock
 
+import clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import grown, make_batch, make_state, tiny_model, weights
 
 import indofashion_clip as ic
 
+CLASSES = ["blouse", "gowns", "saree", "t_shirt"]
 
-def brute_force_recall(similarity, right, k):
+
+def make_data(pixels, captions):
+    """Rows of all classes but the first."""
+    rows = enumerate(captions)
+    records = [ic.Record(i + 1, i, "x", text, CLASSES[1 + i % 3], True) for i, text in rows]
+    return ic.FashionDataset(records, pixels, CLASSES)
+
+
+@pytest.fixture
+def data():
+    return make_data(make_batch(24).pixels, [f"title {i % 17}" for i in range(24)])
+
+
+def look(_model, _precision, pixels):
+    return F.normalize(pixels[:, :, 0, :4].flatten(1).float() - 128, dim=-1)
+
+
+def read(_model, _precision, tokens):
+    return F.normalize(torch.sin(tokens.float() @ torch.arange(77 * 12.0).view(77, 12)), dim=-1)
+
+
+@pytest.fixture
+def encoders(monkeypatch):
+    """Instead of CLIP, which untrained takes all pictures for one class: as good as random."""
+    monkeypatch.setattr(ic, "encode_images", look)
+    monkeypatch.setattr(ic, "encode_texts", read)
+
+
+def hits(similarity, right, k):
     """The share of queries with a right answer among the k most similar, one query at a time."""
-    hits = 0
-    for scores, answers in zip(similarity.tolist(), right):
-        first = sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
-        hits += any(i in answers for i in first)
-    return hits / len(right)
+    count = 0
+    for scores, answers in zip(similarity.tolist(), right, strict=True):
+        found = sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
+        count += any(i in answers for i in found)
+    return pytest.approx(count / len(right))
 
 
 @pytest.mark.parametrize("rows, captions", [(40, 40), (50, 17), (3, 2), (1, 1), (1100, 1050)])
-def test_recall_counts_captions(rows, captions):
-    generator = torch.Generator().manual_seed(rows)
-    images = F.normalize(torch.randn(rows, 8, generator=generator), dim=-1)
-    texts = F.normalize(torch.randn(captions, 8, generator=generator), dim=-1)
-    ids = torch.cat(
-        [torch.arange(captions), torch.randint(captions, (rows - captions,), generator=generator)]
-    )
+def test_recall_is_as_counted_by_hand(rows, captions):
+    torch.manual_seed(rows)
+    images, texts = (F.normalize(torch.randn(n, 8), dim=-1) for n in (rows, captions))
+    ids = torch.cat([torch.arange(captions), torch.randint(captions, (rows - captions,))])
+    owners = [{i for i, own in enumerate(ids.tolist()) if own == c} for c in range(captions)]
     found = ic.retrieval_recall(images, texts, ids)
-    pictures_of = [{i for i, own in enumerate(ids.tolist()) if own == caption} for caption in range(captions)]
     for k in (1, 5, 10):
-        assert found[f"image_to_text_r{k}"] == pytest.approx(
-            brute_force_recall(images @ texts.T, [{i} for i in ids.tolist()], k)
-        )
-        assert found[f"text_to_image_r{k}"] == pytest.approx(
-            brute_force_recall(texts @ images.T, pictures_of, k)
-        )
+        assert found[f"image_to_text_r{k}"] == hits(images @ texts.T, ids[:, None].tolist(), k)
+        assert found[f"text_to_image_r{k}"] == hits(texts @ images.T, owners, k)
 
 
-def test_class_metrics_against_counting():
-    rng = random.Random(0)
-    pairs = [(rng.randrange(4), rng.randrange(3)) for _ in range(60)]  # class 3 is never predicted
-    confusion = torch.zeros(5, 5, dtype=torch.int64)  # and class 4 has no rows
-    for true, predicted in pairs:
-        confusion[true, predicted] += 1
-    accuracy, precision, recall, f1 = ic.class_metrics(confusion)
-    assert accuracy.item() == pytest.approx(sum(t == p for t, p in pairs) / 60)
-    for c in range(5):
-        right = sum(t == p == c for t, p in pairs)
-        predicted, rows = sum(p == c for _, p in pairs), sum(t == c for t, _ in pairs)
-        assert precision[c].item() == pytest.approx(right / predicted if predicted else 0)
-        assert recall[c].item() == pytest.approx(right / rows if rows else 0)
-        assert f1[c].item() == pytest.approx(2 * right / (predicted + rows) if predicted + rows else 0)
+def test_the_metrics_are_as_counted_by_hand(encoders, data):
+    metrics, confusion, images, texts = ic.evaluate(state := make_state(batch_size=24), data)
+    assert torch.equal(images, look(0, 0, data.pixels))
+    assert torch.equal(texts, read(0, 0, clip.tokenize([f"title {i}" for i in range(17)])))
+    prompts = [read(0, 0, clip.tokenize(ic.class_prompts(label))).mean(0) for label in CLASSES]
+    guesses = (images @ F.normalize(torch.stack(prompts), dim=-1).T).argmax(1).tolist()
+    pairs, rows = list(zip(data.labels.tolist(), guesses, strict=True)), data.labels.tolist()
+    assert all(confusion[i, j] == pairs.count((i, j)) for i in range(4) for j in range(4))
+    right = [pairs.count((i, i)) for i in range(4)]
+    f1 = [2 * right[i] / (rows.count(i) + guesses.count(i)) for i in (1, 2, 3)]  # that have rows
+    logits = state.model.logit_scale.exp() * images @ texts[data.caption_ids].T
+    same = data.caption_ids[:, None] == data.caption_ids
+    ways = [-(way.log_softmax(1) * same / same.sum(1)).sum(1).mean() for way in (logits, logits.T)]
+    found = {"loss": sum(ways).item() / 2, "accuracy": sum(right) / 24, "macro_f1": sum(f1) / 3}
+    found |= ic.retrieval_recall(images, texts, data.caption_ids)
+    assert 0 in guesses and found == pytest.approx({name: metrics[name] for name in found})
+
+
+def test_the_loss_is_the_mean_over_rows_in_batches_of_training_size(encoders):
+    alike = make_data(make_batch(1).pixels.expand(10, -1, -1, -1), ["one title"] * 10)
+    loss = ic.evaluate(make_state(batch_size=4), alike)[0]["loss"]
+    assert loss == pytest.approx((8 * math.log(4) + 2 * math.log(2)) / 10)
+
+
+def test_nothing_changes_with_the_chunk(data):
+    model = grown(tiny_model())
+    small, large = (ic.evaluate(make_state(model, chunk), data) for chunk in (3, 99))
+    for one, other in zip(small[1:], large[1:], strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    times = ("seconds", "pairs_per_second")
+    assert all(small[0][k] == pytest.approx(v) for k, v in large[0].items() if k not in times)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_signal_between_batches_ends_it_saved(encoders, tmp_path, monkeypatch, epoch):
+    monkeypatch.setattr(ic, "OUTPUT_PATH", str(tmp_path))
+    monkeypatch.setattr(ic, "NUM_EPOCHS", 1)
+    monkeypatch.setattr(ic, "encode_images", spy := Mock(wraps=look))
+    alike = make_data(torch.zeros(600, 3, 64, 64, dtype=torch.uint8), ["one title"] * 600)
+    with pytest.raises(SystemExit) as stop:
+        ic.evaluate(make_state(chunk=999, signals=[15], epoch=epoch), alike)
+    assert stop.value.code == 143 and spy.call_count == 1
+    saved = tmp_path / "last.pt"  # not after training: other weights are evaluated then
+    assert weights(saved)["epoch"] == 1 if epoch == 1 else not saved.exists()
+
+
+def test_the_best_line_is_the_first_of_equals_and_of_val():
+    def line(epoch, score, split="val"):
+        recalls = {"image_to_text_r5": score, "text_to_image_r5": score}
+        return {"epoch": epoch, "split": split, "accuracy": score} | recalls
+
+    lines = [line(0, 0.1), line(1, 0.5), line(2, 0.5), line(3, 0.4), line(1, 0.9, "test")]
+    assert ic.best_line(lines) is lines[1] and ic.best_line(lines[::-1]) is lines[2]

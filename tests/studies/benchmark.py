@@ -1,14 +1,17 @@
-"""What the script gains, and what the same training costs elsewhere. Prints a table, writes benchmark.json.
+"""What a step, an epoch and the input cost, here and elsewhere. Prints tables.
 
-    .venv/bin/python tests/benchmark.py
+    python tests/studies/benchmark.py [FOLDER] [--only steps memory epoch input million]
 
-ViT-B/32 with random weights, on the GPU if there is one. Everything that is compared takes turns, each in a
-process of its own, and the median of the rounds counts: other things slow a machine down now and then.
+FOLDER holds photographs as IndoFashion does: train_data.json and the pictures that it names; else
+the bundled sample's drawings stand in. ViT-B/32 with random weights, on the GPU if there is one;
+what is compared takes turns, each in a process of its own, and the median of the rounds counts. A
+part replaces itself in benchmark.json. They need 16 GB of memory, 15 GB in the folder for temporary
+files (TMPDIR) and, on two cores, an hour; STUDY_QUICK=1 tries them in minutes, on a few rows.
 """
 
+import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -16,435 +19,401 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+from common import QUICK, ROOT, STUDIES, changed_script, conftest, ic, keep
 
-import clip  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import indofashion_clip as ic  # noqa: E402
-
-ROUNDS, WARMUP = 5, 1
-ROWS = 91_166  # IndoFashion's train split
-# Lengths in tokens of IndoFashion's titles, start and end included: the 0, 5, … 100 % quantiles of val
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SAMPLE, ON_GPU = ROOT / "data/sample", DEVICE.type == "cuda"
+DTYPE = str(ic.choose_precision(DEVICE))[6:]
+ROUNDS, REPEATS = (1, 1) if QUICK else (5, 3)  # of steps, of epochs
+BATCHES = (4,) if QUICK else (256, 1024) if ON_GPU else (64,)  # of the steps
+SHRINK = 16 if QUICK else 1  # the memory part's batches
+EPOCH_ROWS, EPOCH_BATCH = (24, 8) if QUICK else (1280, 64)
+ROWS, MILLION = (3_100, 5_000) if QUICK else (91_166, 1_000_000)  # IndoFashion's train split; more
+# Lengths in tokens of IndoFashion's titles, both ends included: val's 0, 5, … 100 % quantiles
 LENGTHS = [3, 6, 7, 8, 9, 9, 10, 10, 11, 12, 13, 14, 15, 16, 18, 19, 21, 23, 26, 30, 74]
-DEVICE = ic.join_processes()
-BATCHES = (256, 1024) if DEVICE.type == "cuda" else (64,)
+WORDS = "blue green black pink gold white silk cotton printed woven striped floral with and for"
 
 
-def random_clip(name="ViT-B/32"):
-    torch.manual_seed(0)
-    model = clip.model.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
-    return ic.add_normalisation(model).to(DEVICE).eval()
+# ---- Processes, in turns ----
+def start(folder, work):
+    """A process that meets the folder's script as indofashion_clip and serves that work."""
+    code = f"import indofashion_clip; from benchmark import *; serve({work})"
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    how = {"cwd": folder, "env": os.environ | quiet | {"PYTHONPATH": str(STUDIES)}, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code], **how, **pipes)
 
 
-def random_batch(count):
-    """Pixels, and tokens as long as the real titles; one in 64 says what another says."""
-    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-    tokens = torch.zeros(count, 77, dtype=torch.int32)
+def serve(work):
+    """In a process started by start(): work(), for each line that comes."""
+    for _ in sys.stdin:
+        print("\nresult", json.dumps(work()), flush=True)
+
+
+def ask(process):
+    process.stdin.write("\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith("result "):
+            return json.loads(line.removeprefix("result "))
+    sys.exit(f"failed: {process.args[-1]}")
+
+
+def once(folder, work):
+    with start(folder, work) as process:
+        return ask(process)
+
+
+def in_turns(folder, works):
+    """{name: speed and memory} of {name: (function of a contender, pairs a step, …)}."""
+    times, peaks, alive = {name: [] for name in works}, {}, {}
+    for _ in range(ROUNDS):
+        for name, (function, *how) in works.items():
+            process = alive.get(name) or start(folder, f"timed({function}{tuple(how)})")
+            seconds, peaks[name] = ask(process)
+            times[name].append(seconds)
+            if ON_GPU:
+                alive[name] = process
+            else:  # all of them at once would take 25 GB
+                process.communicate()
+    for process in alive.values():
+        process.communicate()
+    return {name: speed(times[name], works[name][1]) | {"peak GB": peaks[name]} for name in works}
+
+
+def speed(times, count):
+    middle, most, least = (count / of(times) for of in (statistics.median, min, max))
+    return {"seconds": count / middle, "pairs/s": middle, "at least": least, "at most": most}
+
+
+def seconds_of(work):
+    """How long it takes, the GPU's part with it."""
+    begin = time.perf_counter()
+    work()
+    torch.cuda.synchronize() if ON_GPU else None
+    return time.perf_counter() - begin
+
+
+def timed(step):
+    """A work that does the step twice → seconds of the second, peak GB."""
+
+    def work():
+        result = [seconds_of(step), seconds_of(step)][1], peak_gb()
+        torch.cuda.empty_cache()  # leaves a GPU's memory to the next in turn
+        return result
+
+    return work
+
+
+def peak_gb(of_gpu=ON_GPU):
+    """The GPU's peak, or this process's; not ru_maxrss, which a process takes from its parent."""
+    if of_gpu:
+        return torch.cuda.max_memory_allocated() / 1e9
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
+# ---- Contenders: each makes a step of `count` pairs ----
+def title_length(rng):
+    place = rng.random() * 20
+    low, high = LENGTHS[int(place)], LENGTHS[int(place) + 1]
+    return round(low + (high - low) * (place % 1) ** (4 if high == 74 else 1))
+
+
+def random_tokens(count):
+    """As long as real titles; one in 64 says what another says."""
+    rng, tokens = random.Random(0), torch.zeros(count, 77, dtype=torch.int32)
     for row in tokens:
-        place = rng.random() * 20
-        low, high = LENGTHS[int(place)], LENGTHS[int(place) + 1]
-        length = round(low + (high - low) * (place % 1) ** (4 if high == 74 else 1))
-        row[:length] = torch.tensor([49406, *(rng.randrange(1000, 40000) for _ in range(length - 2)), 49407])
+        words = [rng.randrange(1000, 40000) for _ in range(title_length(rng) - 2)]
+        row[: len(words) + 2] = torch.tensor([49406, *words, 49407])
     tokens[::64] = tokens[-1]
-    return torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8, generator=generator), tokens
+    return tokens
 
 
-def contrastive(images, texts, logit_scale):
-    images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
-    logits, targets = logit_scale.exp() * images @ texts.T, torch.arange(len(images), device=DEVICE)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+def new_state(count, dtype, chunk=None):
+    model, precision = ic.load_clip(ic.MODEL).to(ic.prepare_machine()), getattr(torch, dtype)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=dtype == "float16")
+    return conftest.make_state(model, chunk or count, scaler=scaler, precision=precision)
 
 
-def ours(pixels, tokens):
-    if DEVICE.type == "cpu":
-        ic.keep_memory()
-    model = random_clip()
-    precision = ic.choose_precision(DEVICE)
-    settings = SimpleNamespace(SEED=0, MIN_CROP=0.9, MAX_GRAD_NORM=1.0)
-    run = SimpleNamespace(
-        model=model,
-        settings=settings,
-        precision=precision,
-        chunk=len(pixels),
-        optimizer=ic.make_optimizer(model, 0.1),
-        scaler=torch.amp.GradScaler(DEVICE.type, enabled=precision == torch.float16),
-    )
-    return lambda: ic.train_step(run, pixels, tokens, len(pixels), 0)
+def this_script(count, dtype, chunk=None):
+    state = new_state(count, dtype, chunk)
+    pixels = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8)
+    pixels = pixels.pin_memory() if ON_GPU else pixels
+    captions, which = random_tokens(count).unique(dim=0, return_inverse=True)
+    batch = ic.Batch(pixels, torch.rand(count, 5), captions, which, which)
+    return lambda: ic.train_step(state, batch)
 
 
-def peer(model, images_and_texts, optimizer, autocast=True):
-    """A step as these trainers write it: forward under autocast, one backward, one optimizer step."""
+def peer(count, dtype, model, optimizer, loss, max_norm=None, longest=77):
+    """A step as the others write it, of pictures that are float32 and normalised already.
+
+    loss: (pictures, tokens, 1 where there are tokens) → a scalar
+    """
+    images, tokens = torch.randn(count, 3, 224, 224), random_tokens(count)[:, :longest].long()
+    mask = (torch.arange(tokens.shape[1]) <= tokens.argmax(1)[:, None]).long()
+    batch = [part.pin_memory() if ON_GPU else part for part in (images, tokens, mask)]
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=dtype == "float16")
 
     def step():
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-            images, texts, logit_scale = images_and_texts(model)
-        contrastive(images, texts, logit_scale).backward()
-        optimizer.step()
+        with torch.autocast(DEVICE.type, getattr(torch, dtype), enabled=dtype != "float32"):
+            value = loss(*(part.to(DEVICE, non_blocking=True) for part in batch))
+        scaler.scale(value).backward()
+        if max_norm:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     return step
 
 
-def normalised(model, pixels):
-    return (pixels.to(DEVICE).float().div(255) - model.mean) / model.std
-
-
-def usual_recipe(pixels, tokens):
+def usual_recipe(count, _):
     """The loop of openai/CLIP#83: float32, 77 tokens, Adam with weight decay."""
-    model = random_clip()
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
-    tokens = tokens.to(DEVICE).long()
-    return peer(
-        model,
-        lambda m: (m.encode_image(normalised(m, pixels)), m.encode_text(tokens), m.logit_scale),
-        optimizer,
-        autocast=False,
-    )
+    model, places = ic.load_clip(ic.MODEL).to(DEVICE), torch.arange(count, device=DEVICE)
+    adam = torch.optim.Adam(model.parameters(), 5e-5, (0.9, 0.98), 1e-6, weight_decay=0.2)
+
+    def loss(images, tokens, _):
+        cross_entropy = torch.nn.functional.cross_entropy
+        return sum(cross_entropy(logits, places) for logits in model(images, tokens)) / 2
+
+    return peer(count, "float32", model, adam, loss)
 
 
-def transformers_trainer(pixels, tokens):
-    """CLIPModel in train mode, bf16 autocast and fused AdamW, as its Trainer sets them."""
+def transformers(count, dtype):
+    """As its Trainer does it, and its example of contrastive training."""
     from transformers import CLIPConfig, CLIPModel
 
-    model, norm = (
-        CLIPModel(CLIPConfig()).to(DEVICE).train(),
-        ic.add_normalisation(torch.nn.Module()).to(DEVICE),
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    tokens = tokens.to(DEVICE).long()
+    model = CLIPModel(CLIPConfig()).to(DEVICE).train()
+    adam = torch.optim.AdamW(model.parameters(), 5e-5, weight_decay=0.0, fused=True)
 
-    def forward(m):
-        output = m(input_ids=tokens, pixel_values=normalised(norm, pixels))
-        return output.image_embeds, output.text_embeds, m.logit_scale
+    def loss(images, tokens, mask):
+        return model(tokens, images, attention_mask=mask, return_loss=True).loss
 
-    return peer(model, forward, optimizer)
+    return peer(count, dtype, model, adam, loss, max_norm=1.0)
 
 
-def open_clip_trainer(pixels, tokens):
-    """Its ViT-B-32-quickgelu in train mode, amp_bf16 and AdamW, as its main.py sets them."""
+def open_clip(count, dtype):
+    """As its main.py does it, with --precision amp_bf16 or amp."""
     import open_clip
 
-    model = open_clip.create_model("ViT-B-32-quickgelu").to(DEVICE).train()
-    norm = ic.add_normalisation(torch.nn.Module()).to(DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.98), eps=1e-6)
-    tokens = tokens.to(DEVICE).long()
-
-    def forward(m):
-        images, texts, scale = m(normalised(norm, pixels), tokens)
-        return images, texts, scale.log()
-
-    return peer(model, forward, optimizer)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    model, loss = open_clip.create_model("ViT-B-32-quickgelu"), open_clip.ClipLoss()
+    model.to(DEVICE).train()
+    adam = torch.optim.AdamW(model.parameters(), 5e-4, (0.9, 0.98), 1e-6, weight_decay=0.2)
+    return peer(count, dtype, model, adam, lambda images, texts, _: loss(*model(images, texts)))
 
 
-def synchronised(work):
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def sentence_model():
+    """Its CLIP, from random weights and clip's own vocabulary; nothing is downloaded."""
+    import transformers as t
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    words = ic.clip.simple_tokenizer.SimpleTokenizer()
+    merges = sorted(words.bpe_ranks, key=words.bpe_ranks.get)
+    tokenizer = t.CLIPTokenizer(words.encoder, merges, model_max_length=77)
+    t.CLIPProcessor(t.CLIPImageProcessor(), tokenizer).save_pretrained("st_model")
+    t.CLIPModel(t.CLIPConfig()).save_pretrained("st_model")
+    model = SentenceTransformer("st_model", device=DEVICE.type).train()
+    symmetric = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    return model, MultipleNegativesRankingLoss(model, **symmetric)
 
 
-CONTENDER = """
-import sys; sys.path[:0] = [{tests!r}, {root!r}]
-import benchmark as b
-step = b.{maker}(*b.random_batch({batch}))
-for _ in sys.stdin: b.synchronised(step); print("done", flush=True)
-"""
+def sentence_transformers(count, dtype):
+    """As its trainer does it: the symmetric loss, titles padded to the longest of the batch."""
+    model, symmetric_loss = sentence_model()
+    adam = torch.optim.AdamW(model.parameters(), 5e-5, weight_decay=0.0, fused=True)
+    longest = int(random_tokens(count).argmax(1).max()) + 1
+
+    def loss(images, tokens, mask):
+        texts = {"input_ids": tokens, "attention_mask": mask, "modality": "text"}
+        return symmetric_loss([texts, {"pixel_values": images, "modality": "image"}], None)
+
+    return peer(count, dtype, model, adam, loss, max_norm=1.0, longest=longest)
 
 
-@contextmanager
-def contender(maker, batch):
-    """A function that does a step, in a process of its own: its memory is as its trainer leaves it."""
-    script = CONTENDER.format(tests=str(ROOT / "tests"), root=str(ROOT), maker=maker.__name__, batch=batch)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
-
-    def step():
-        process.stdin.write("step\n")
-        for line in process.stdout:
-            if line == "done\n":
-                return
-        raise RuntimeError(f"{maker.__name__} failed")
-
-    try:
-        yield step
-    finally:
-        process.stdin.close()
-        process.wait()
+def products(count, dtype):
+    """60 products as large as those of an image tower's MLP, written to one place."""
+    shapes = ((50 * count, 768), (768, 3072), (50 * count, 3072))
+    a, b, c = (torch.randn(*shape, device=DEVICE).to(getattr(torch, dtype)) for shape in shapes)
+    return lambda: [torch.mm(a, b, out=c) for _ in range(60)]
 
 
-def medians(works, rounds=ROUNDS, warmup=WARMUP):
-    """{name: median seconds}, the works taking turns."""
-    times = {name: [] for name in works}
-    for turn in range(warmup + rounds):
-        for name, work in works.items():
-            seconds = synchronised(work)
-            if turn >= warmup:
-                times[name].append(seconds)
-        print(f"  round {turn + 1} of {warmup + rounds}", end="\r", file=sys.stderr, flush=True)
-    return {name: statistics.median(values) for name, values in times.items()}
+def useful_gflop(tokens):
+    """Of a step that computes only what is read: no padding, each caption once."""
+
+    def tower(width, lengths, pairs):  # 12 blocks; the last does all but keys and values for a row
+        count, rows = int(lengths.sum()), len(lengths)
+        blocks = 11 * (12 * width**2 * count + 2 * width * pairs)
+        return blocks + 2 * width**2 * count + 10 * width**2 * rows + 2 * width * count
+
+    lengths, images = tokens.unique(dim=0).argmax(1) + 1, torch.full((len(tokens),), 50)
+    vision = tower(768, images, 50**2 * len(tokens))
+    text = tower(512, lengths, int((lengths * (lengths + 1) // 2).sum()))  # causal
+    patches = 3 * 32**2 * 768 * 49 * len(tokens)  # which need no gradients of what goes in
+    return (6 * (vision + text) + 4 * patches) / 1e9
 
 
-def matrix_product(dtype):
-    """(60 products of the size of an MLP's, written to one place, their operations)."""
-    a, b, c = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((3200, 768), (768, 3072), (3200, 3072)))
-    return lambda: [torch.mm(a, b, out=c) for _ in range(60)], 60 * 2 * 3200 * 768 * 3072
+# ---- Parts: → {title: {row: {column: value}}} ----
+def steps(folder, _):
+    tables = {}
+    names = ("usual_recipe", "transformers", "open_clip", "sentence_transformers", "this_script")
+    dtypes = ("bfloat16", "float16") if ON_GPU else (DTYPE,)
+    for count, dtype in ((count, dtype) for count in BATCHES for dtype in dtypes):
+        works = {name: (name, count, dtype) for name in names}
+        rates = {f"{one} products": ("products", count, one) for one in (dtype, "float32")}
+        lines, useful = in_turns(folder, works | rates), useful_gflop(random_tokens(count))
+        whole = 60 * 2 * 50 * count * 768 * 3072 / 1e9
+        rates = {name: {"useful GFLOP/s": whole / lines.pop(name)["seconds"]} for name in rates}
+        rate = rates[f"{dtype} products"]["useful GFLOP/s"]
+        for line in lines.values():
+            line["this script is faster by"] = line["seconds"] / lines["this_script"]["seconds"]
+            line["useful GFLOP/s"] = useful / line["seconds"]
+            line["of the products'"] = line["useful GFLOP/s"] / rate
+        tables[f"step of {count}, {dtype}"] = lines | rates
+    return tables
 
 
-def useful_flops(tokens):
-    """Of a step that skips all padding: 6 per weight and token, and attention's two products."""
-    lengths = tokens.unique(dim=0).argmax(1) + 1
-    images = len(tokens)
-    vision = 12 * 12 * 768**2 * 50 * images + 3 * 32 * 32 * 768 * 49 * images + 12 * 2 * 50**2 * 768 * images
-    text = 12 * 12 * 512**2 * int(lengths.sum()) + 12 * 512 * int((lengths**2).sum())
-    return 6 * (vision + text)
+def memory(folder, _):
+    works = {}
+    for sizes in ((256, 256), (256, 32), (64, 64), (64, 32), (32, 32)):
+        batch, chunk = (size // SHRINK for size in sizes)
+        name = f"batch {batch}" + f" in chunks of {chunk}" * (chunk < batch)
+        works[name] = ("this_script", batch, DTYPE, chunk)
+    return {f"this script, {DTYPE}": in_turns(folder, works)}
 
 
-def steps_table():
-    lines = {}
-    for batch in BATCHES:
-        _, tokens = random_batch(batch)
-        makers = {
-            "usual recipe": usual_recipe,
-            "transformers": transformers_trainer,
-            "open_clip": open_clip_trainer,
-            "this script": ours,
-        }
-        bf16, flops = matrix_product(torch.bfloat16)
-        fp32, _ = matrix_product(torch.float32)
-        with ExitStack() as stack:
-            works = {name: stack.enter_context(contender(make, batch)) for name, make in makers.items()}
-            seconds = medians(works | {"bf16": bf16, "fp32": fp32})
-        rates = {name: batch / seconds[name] for name in works}
-        mine = rates["this script"]
-        lines[f"batch {batch}"] = {
-            "pairs_per_second": rates,
-            "this_script_is_faster_by": {name: mine / rate for name, rate in rates.items()},
-            "bf16_gflops": flops / seconds["bf16"] / 1e9,
-            "fp32_gflops": flops / seconds["fp32"] / 1e9,
-            "useful_gflops": useful_flops(tokens) / seconds["this script"] / 1e9,
-            "of_the_bf16_rate": useful_flops(tokens) / seconds["this script"] / (flops / seconds["bf16"]),
-        }
-    return lines
-
-
-PEAK = """
-import sys; sys.path[:0] = [{tests!r}, {root!r}]
-import benchmark as b
-if not {kept}: b.ic.keep_memory = lambda: None
-pixels, tokens = b.random_batch({batch})
-step = {maker}(pixels, tokens)
-if {chunk}: step.__closure__[[i for i, n in enumerate(step.__code__.co_freevars) if n == "run"][0]].cell_contents.chunk = {chunk}
-step(); times = [b.synchronised(step) for _ in range({rounds})]
-print(b.peak_bytes(), b.statistics.median(times))
-"""
-
-
-def peak_bytes():
-    """The GPU's peak, or this process's; not ru_maxrss, which a process takes over from its parent."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-
-
-def peak(maker, batch, chunk=0, rounds=2, kept=True):
-    """(peak memory in GB, seconds a step) in a process of its own: on a CPU, of the whole process."""
-    script = PEAK.format(
-        tests=str(ROOT / "tests"),
-        root=str(ROOT),
-        batch=batch,
-        chunk=chunk,
-        maker=f"b.{maker}",
-        rounds=rounds,
-        kept=kept,
-    )
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    memory, seconds = output.split()[-2:]
-    return float(memory) / 1e9, float(seconds)
-
-
-def memory_table():
-    lines = {
-        "peak_gb": {
-            maker: peak(maker, BATCHES[0], rounds=1)[0]
-            for maker in ("usual_recipe", "transformers_trainer", "open_clip_trainer", "ours")
-        }
-    }
-    (small, _), (chunked, slow), (whole, fast), (_, returned) = (
-        peak("ours", 32),
-        peak("ours", 256, chunk=32),
-        peak("ours", 256),
-        peak("ours", 256, kept=False),
-    )
-    lines["batch 256 in chunks of 32"] = {
-        "peak_gb": chunked,
-        "peak_gb_of_batch_32": small,
-        "peak_gb_of_batch_256_whole": whole,
-        "of_the_peak_of_batch_32": chunked / small,
-        "of_the_time_of_batch_256_whole": slow / fast,
-        "batch 256 whole, freed memory returned to the kernel, of the time": returned / fast,
-    }
-    return lines
-
-
-def write_dataset(folder, rows):
-    """Rows like IndoFashion's, over the sample's pictures: as many distinct titles a split as there."""
-    shutil.copytree(ROOT / "data/sample/images", folder / "images", dirs_exist_ok=True)
-    sample = [json.loads(line) for line in open(ROOT / "data/sample/train_data.json", encoding="utf-8")]
-    rng = random.Random(0)
+def write_rows(folder, source, count):
+    """A script for rows that repeat the source's, with titles like IndoFashion's."""
+    rows, rng, titles = conftest.read_lines(source / "train_data.json"), random.Random(0), []
+    paths = {"IMAGE_PATH": str(source), "JSON_PATH": f"{folder}/{{split}}_data.json"}
+    changed_script(folder, paths | {"MODEL": f"{folder.parent}/clip.pt", "BATCH_SIZE": EPOCH_BATCH})
     with open(folder / "train_data.json", "w", encoding="utf-8") as file:
-        for number in range(rows):
-            row = dict(sample[number % len(sample)])
-            if rng.random() < 0.78:  # the others repeat a title
-                row["product_title"] += f" {rng.choice(['Ethnic', 'Festive', 'Party'])} Wear {number}"
-            file.write(json.dumps(row) + "\n")
+        for i in range(count):
+            words = " ".join(rng.choices(WORDS.split(), k=title_length(rng) - 2))
+            titles.append(words if i == 0 or rng.random() < 0.78 else rng.choice(titles))
+            file.write(json.dumps(rows[i % len(rows)] | {"product_title": titles[-1]}) + "\n")
+    conftest.write_lines(folder / "val_data.json", rows[:1])
+    return folder
 
 
-START = """
-import sys; sys.path[:0] = [{tests!r}, {root!r}]
-import os, time, torch, benchmark as b, indofashion_clip as ic
-start = time.perf_counter()
-settings = ic.read_settings()
-vars(settings).update(IMAGE_PATH={data!r}, JSON_PATH={data!r} + "/{{split}}_data.json", OUTPUT_PATH={data!r}, CACHE_PATH={data!r} + "/cache")
-from types import SimpleNamespace
-splits = ic.load_splits(settings, {resolution}, os.cpu_count())
-data, batches = ic.epoch_batches(splits["train"], settings, 1)
-run = SimpleNamespace(num_workers=0, model=SimpleNamespace(mean=torch.zeros(1)))
-next(iter(ic.load_batches(run, data, batches)))
-seconds = time.perf_counter() - start
-print(seconds, b.peak_bytes())
-"""
+def pictures(source):
+    """What they are; each is read once, so that nothing compared later waits for a disk."""
+    rows = conftest.read_lines(source / "train_data.json")
+    size = statistics.mean(len((source / row["image_path"]).read_bytes()) for row in rows)
+    kind = "drawings" if source == SAMPLE else "photographs"
+    return f"{len(rows):,} {kind} of {size / 1000:.0f} KB"
 
 
-def start(folder, resolution):
-    script = START.format(tests=str(ROOT / "tests"), root=str(ROOT), data=str(folder), resolution=resolution)
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    return tuple(map(float, output.split()[-2:]))
+def epoch_here():
+    device = ic.prepare_machine()
+    ic.check_constants()
+    model, begin = ic.load_clip(ic.MODEL).to(device), time.perf_counter()
+    splits = ic.load_splits(224)
+    state = ic.new_state(model, splits)
+    state.epoch = 1
+    ic.train_epoch(state, splits["train"], ic.tqdm(disable=True))
+    return time.perf_counter() - begin
 
 
-def start_table(folder):
-    """Seconds to the first batch of 91,166 rows at 224 pixels, and bytes a row that the process grows by."""
-    data = folder / "whole"
-    data.mkdir()
-    write_dataset(data, ROWS)
-    cold, _ = start(data, 224)
-    warm, large = start(data, 224)
-    half = folder / "half"
-    half.mkdir()
-    write_dataset(half, ROWS // 2)
-    start(half, 8)
-    start(data, 8)
-    small, large = (
-        start(where, 8)[1] for where in (half, data)
-    )  # few pixels: the cache's pages are not the process's
-    return {"cold_seconds": cold, "cached_seconds": warm, "bytes_a_row": (large - small) / (ROWS - ROWS // 2)}
+def epoch_elsewhere():
+    """By sentence-transformers' own trainer; workers load for a GPU, a CPU has no core to spare."""
+    import datasets
+    from sentence_transformers import SentenceTransformerTrainer as Trainer
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+
+    (model, loss), begin = sentence_model(), time.perf_counter()
+    records, _ = ic.read_records(ic.JSON_PATH.replace("{split}", "train"))
+    paths = [f"{ic.IMAGE_PATH}/{record.image_path}" for record in records]
+    rows = {"text": [record.caption for record in records], "image": paths}
+    rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    how = {"num_train_epochs": 1, "per_device_train_batch_size": ic.BATCH_SIZE}
+    how |= {"bf16": DTYPE == "bfloat16", "fp16": DTYPE == "float16", "save_strategy": "no"}
+    how |= {"dataloader_num_workers": os.cpu_count() if ON_GPU else 0, "use_cpu": not ON_GPU}
+    how |= {"report_to": "none", "disable_tqdm": True}
+    Trainer(model, Arguments("st_outputs", **how), rows, loss=loss).train()
+    return time.perf_counter() - begin
 
 
-def input_table(folder):
-    """Pictures a second with every core, decoded by worker processes or read from the cache."""
-    folder.mkdir(exist_ok=True)
-    write_dataset(folder, 1920)
-    settings = ic.read_settings()
-    rates = {}
-    runs = {}
-    for name, cache in (("decoded every epoch", ""), ("from the cache", str(folder / "cache"))):
-        vars(settings).update(
-            IMAGE_PATH=str(folder),
-            JSON_PATH=str(folder / "{split}_data.json"),
-            OUTPUT_PATH=str(folder),
-            CACHE_PATH=cache,
-        )
-        data = ic.load_splits(settings, 224, os.cpu_count())["train"]
-        run = SimpleNamespace(num_workers=os.cpu_count(), model=SimpleNamespace(mean=torch.zeros(1)))
-        batches = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).split(64)
-        runs[name] = lambda run=run, data=data, batches=batches: [
-            pixels.sum() for pixels, _, _ in ic.load_batches(run, data, batches) if 0 * len(pixels)
-        ]
-    for name, seconds in medians(runs).items():
-        rates[name] = 1920 / seconds
-    return rates | {"ratio": rates["from the cache"] / rates["decoded every epoch"]}
+def epoch(folder, source):
+    title = f"epoch of {EPOCH_ROWS:,} rows in batches of {EPOCH_BATCH}, {pictures(source)}"
+    works = {"sentence_transformers": "epoch_elsewhere", "this_script, decoding": "epoch_here"}
+    works["this_script, cached"] = "epoch_here"
+    where, times = write_rows(folder / "epoch", source, EPOCH_ROWS), {name: [] for name in works}
+    for _ in range(REPEATS):
+        shutil.rmtree(where / "data/cache", ignore_errors=True)
+        for name, work in works.items():
+            times[name].append(once(where, work))
+    return {title: {name: speed(seconds, EPOCH_ROWS) for name, seconds in times.items()}}
 
 
-def disk_bytes():
-    """What this process has had read from a disk; what the system remembers is not counted."""
-    [line] = [line for line in open("/proc/self/io") if line.startswith("read_bytes")]
-    return int(line.split()[1])
+def first_batch(resolution):
+    """Seconds from nothing to the first batch, and what the process is like then."""
+    ic.prepare_machine()
+    ic.check_constants()
+    begin = time.perf_counter()
+    splits = ic.load_splits(resolution)
+    files = len(os.listdir("/proc/self/fd"))
+    next(ic.epoch_batches(splits["train"], 1, 256))
+    seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "peak GB": peak_gb(of_gpu=False), "open files": files}
 
 
-def epoch_table(folder, rows=(6_000, 12_000)):
-    """Seconds of a second epoch from the cache, tiny CLIP, and the bytes that it has read from a disk."""
-    seconds, from_disk = [], []
-    for count in rows:
-        data = folder / str(count)
-        data.mkdir()
-        write_dataset(data, count)
-        settings = ic.read_settings()
-        vars(settings).update(
-            IMAGE_PATH=str(data),
-            JSON_PATH=str(data / "{split}_data.json"),
-            OUTPUT_PATH=str(data),
-            CACHE_PATH=str(data / "cache"),
-            MODEL="tiny",
-            BATCH_SIZE=256,
-            NUM_EPOCHS=2,
-        )
-        run, splits = ic.prepare(settings, DEVICE, SimpleNamespace(check=lambda: None))
-        bar = SimpleNamespace(update=lambda: None, set_postfix_str=lambda text: None)
-        for run.epoch in (1, 2):
-            run.step, run.losses, before = 0, [], disk_bytes()
-            last = synchronised(lambda: ic.train_epoch(run, splits["train"], bar))
-        seconds.append(last)
-        from_disk.append(disk_bytes() - before)
-    return {
-        "rows": {str(count): one for count, one in zip(rows, seconds)},
-        "of_twice_the_rows_against_once": seconds[1] / seconds[0],
-        "bytes_from_disk_in_the_second_epoch": float(max(from_disk)),
-    }
+def reading():
+    """Pictures a second from the cache, and how long training waits for a batch."""
+    ic.prepare_machine()
+    data, state = ic.load_splits(224)["train"], new_state(1024, DTYPE) if ON_GPU else None
+    parts = torch.randperm(len(data))[: 300 * 64].split(64)
+    rate = sum(map(len, parts)) / seconds_of(lambda: [data[rows] for rows in parts])
+    lines = {"pictures/s from the cache": rate}
+    for count in (256, 1024):
+        waits, begin = [], time.perf_counter()
+        for batch in ic.epoch_batches(data, 1, count):
+            waits.append(time.perf_counter() - begin)
+            if state:  # a thread loads the next meanwhile
+                ic.train_step(state, batch).item()
+            begin = time.perf_counter()
+        lines[f"ms that training waits for {count}"] = 1000 * statistics.median(waits[1:])
+    return lines
 
 
-def flat(tree, path=()):
-    for name, value in tree.items():
-        yield from (
-            flat(value, (*path, name)) if isinstance(value, dict) else [(" · ".join((*path, name)), value)]
-        )
+def starts(folder, source, rows, resolution):
+    where = write_rows(folder / f"{rows}-{resolution}", source, rows)
+    names = (f"{rows:,} rows at {resolution} pixels, {how}" for how in ("decoding", "cached"))
+    return {name: once(where, f"lambda: first_batch({resolution})") for name in names}
 
 
-def processor():
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    names = (
-        [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        if os.path.exists("/proc/cpuinfo")
-        else []
-    )
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+def input_of_training(folder, source):
+    what, lines, half = pictures(source), starts(folder, source, ROWS, 224), ROWS // 2
+    first, later = (line["seconds"] for line in lines.values())
+    speeds = {"pictures/s into the cache": ROWS / (first - later)}
+    speeds |= once(folder / f"{ROWS}-224", "reading")
+    for rows in (half, ROWS):  # of few pixels, as the cache's pages are not the process's own
+        lines |= starts(folder, SAMPLE, rows, 8)
+    peaks = [lines[f"{rows:,} rows at 8 pixels, cached"]["peak GB"] for rows in (half, ROWS)]
+    speeds["bytes of memory a row"] = 1e9 * (peaks[1] - peaks[0]) / (ROWS - half)
+    speeds = {name: {"": speed} for name, speed in speeds.items()}
+    return {f"first batch of 256, {what}": lines, f"input, {what}": speeds}
 
 
 def main():
-    result = {"machine": f"{processor()}; torch {torch.__version__}, Python {platform.python_version()}"}
-    result["steps"] = steps_table()
-    result["memory"] = memory_table()
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        result["pictures_per_second"] = input_table(Path(folder) / "input")
-        result["epoch_seconds"] = epoch_table(Path(folder))
-        result["start"] = start_table(Path(folder))
-    for name, value in flat(result):
-        print(
-            f"{name:75} {value if isinstance(value, str) else f'{value:10.3g}' if value < 1000 else f'{value:10,.0f}'}"
-        )
-    with open("benchmark.json", "w") as file:
-        json.dump(result, file, indent=1)
+    parts = {"steps": steps, "memory": memory, "epoch": epoch, "input": input_of_training}
+    parts["million"] = lambda folder, _: {"first batch of 256": starts(folder, SAMPLE, MILLION, 8)}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", nargs="?", default=SAMPLE, type=Path)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model = ic.clip.model.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
+        torch.save(model.state_dict(), folder / "clip.pt")
+        changed_script(folder, {"MODEL": f"{folder}/clip.pt"})
+        for part in arguments.only:
+            keep("benchmark.json", part, parts[part](folder, arguments.folder.resolve()))
 
 
 if __name__ == "__main__":

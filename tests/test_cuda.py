@@ -1,0 +1,257 @@
+"""The CUDA path without a GPU: the script itself, while its tensors on the card are fakes.
+
+A fake has a shape, a dtype and a device but no values: what mixes devices fails as on a card, and
+what reads a value, for which the host would wait for the card, is noticed.
+"""
+
+import threading
+import warnings
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import gradients, make_batch, make_state, relative, tiny_model
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+import indofashion_clip as ic
+
+
+class Wait(Exception):
+    """Here the host would wait until the card has computed all that it was given."""
+
+
+class Card(FakeTensorMode):
+    """Within it "cuda" is a device, of fakes; what touches none of them is computed as ever."""
+
+    avoid_device_init = True  # whatever torch.cuda.is_available() says
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self.transfers = []  # of each from the host to the card: does the host go on meanwhile?
+        self.dtypes = defaultdict(set)  # {operation: {the dtypes of what it got at a time}}
+        self.attended, self.pinned = set(), []  # {(device, dtype)}, [shape]
+        self.native = True  # or it emulates bfloat16, as a T4 does
+
+    def __enter__(self):
+        if not torch.backends.cuda.is_built():  # Python's indexing asks even for a fake's device
+            pytest.skip("this torch was built without CUDA")
+        return super().__enter__()
+
+    def dispatch(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+        host = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
+        target = getattr(kwargs.get("device"), "type", None)
+        if not fakes and target != "cuda":
+            return func(*args, **kwargs)
+        on_card = any(fake.is_cuda for fake in fakes)
+        if torch.Tag.data_dependent_output in func.tags or (on_card and target == "cpu"):
+            raise Wait(f"for {func}")
+        if any(tensor.ndim or target for tensor in host):  # a lone number goes along with the call
+            self.transfers.append(kwargs.get("non_blocking", False))
+        self.dtypes[str(func)].add(frozenset(tensor.dtype for tensor in tensors))
+        try:
+            return super().dispatch(func, types, args, kwargs)
+        except DynamicOutputShapeException as error:  # nonzero, unique, a mask as an index
+            raise Wait(f"for {func}") from error
+
+
+def backward(loss):
+    """loss.backward(), node after node: torch's own engine asks the driver even about fakes."""
+    waiting = {loss.grad_fn: {0: torch.ones_like(loss)}}  # {node: {place: what it is given there}}
+    with torch.no_grad():
+        while waiting:
+            node = max(waiting, key=lambda node: node._sequence_nr())  # what was computed last
+            given = waiting.pop(node)
+            results = node(*map(given.get, range(len(node._input_metadata))))
+            results = results if isinstance(results, tuple) else (results,)
+            for (earlier, place), grad in zip(node.next_functions, results, strict=True):
+                if earlier is not None and grad is not None:
+                    like, sums = earlier._input_metadata[place], waiting.setdefault(earlier, {})
+                    sums[place] = grad.sum_to_size(like.shape).to(like.dtype) + sums.get(place, 0)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A Card, in a machine that knows of it."""
+    card, attend, empty = Card(), F.scaled_dot_product_attention, torch.empty
+
+    def attention(queries, *rest, **how):
+        card.attended.add((queries.device.type, queries.dtype))
+        return attend(queries, *rest, **how)
+
+    def allocate(*shape, pin_memory=False, **how):  # without a driver nothing can be pinned
+        card.pinned += shape if pin_memory else ()
+        return empty(*shape, **how)
+
+    def is_bf16_supported(including_emulation=True):
+        return card.native or including_emulation
+
+    patch = monkeypatch.setattr
+    patch(F, "scaled_dot_product_attention", attention)
+    patch(torch, "empty", allocate)
+    patch(torch.Tensor, "backward", backward)
+    patch(torch._C, "_current_graph_task_id", lambda: 0)  # checkpoint asks the engine for it
+    patch(torch.cuda, "is_available", lambda: True)
+    patch(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    patch(torch.cuda, "is_current_stream_capturing", lambda: False)
+    patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
+    patch(ic, "BATCH_SIZE", 8)
+    return card
+
+
+def make_rows():
+    records = [ic.Record(i, i, "", f"saree {i // 2}", "saree", True) for i in range(20)]
+    pixels = (torch.arange(20 * 3 * 64 * 64) % 251).byte().view(20, 3, 64, 64)
+    return ic.FashionDataset(records, pixels, ["gowns", "saree"])
+
+
+def start(card, model, chunk=None):
+    """A run's State on the card."""
+    with card:
+        state = ic.new_state(model.to("cuda:0"), {"train": make_rows()})
+    state.chunk = chunk or state.chunk
+    card.transfers.clear()
+    return state
+
+
+def tiny_resnet(path):
+    model = ic.clip.model.CLIP(64, 64, (1, 1, 1, 1), 8, None, 77, 49408, 128, 2, 2)
+    torch.save(model.state_dict(), path)
+    return ic.load_clip(str(path))
+
+
+@pytest.mark.parametrize("chunk", [99, 3])
+@pytest.mark.parametrize("kind, native", [("ViT", True), ("ViT", False), ("RN", False)])
+def test_a_step_waits_for_nothing(card, tmp_path, kind, native, chunk):
+    card.native, dtype = native, torch.bfloat16 if native else torch.float16
+    model = tiny_model() if kind == "ViT" else tiny_resnet(tmp_path / "rn.pt")
+    state = start(card, model, chunk)
+    assert state.precision == dtype and state.scaler.is_enabled() == (not native)
+    with card:
+        loss = ic.train_step(state, make_batch(8))
+    assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())
+    assert all(card.transfers) and (chunk == 3 or len(card.transfers) == 7)
+    low, full = frozenset([dtype]), frozenset([torch.float32])
+    assert card.dtypes["aten.addmm.default"] == {low}  # each layer with a bias
+    assert card.dtypes["aten.mm.default"] == {low, full}  # full: the loss
+    assert card.dtypes["aten.convolution.default"] == ({low} if kind == "RN" else set())
+    assert card.attended == {("cuda", dtype)}
+    assert "aten._fused_adamw_.default" in card.dtypes
+    assert set(state.optimizer.state) == set(model.parameters())  # each had a gradient
+    assert all(p.is_cuda and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_share_of_a_step_waits_for_nothing(card, monkeypatch):
+    reduced = set()
+    monkeypatch.setattr(ic, "WORLD_SIZE", 2)
+    monkeypatch.setattr(ic, "RANK", 1)
+    monkeypatch.setattr(ic.dist, "all_reduce", lambda given, _: reduced.add(given.device.type))
+    state = start(card, tiny_model())
+    with card:
+        ic.train_step(state, make_batch(4)._replace(caption_ids=torch.arange(8)))
+    assert state.chunk == 4 and reduced == {"cuda"} and card.transfers == [True] * 7
+
+
+def test_an_epoch_waits_only_for_its_mean_loss(card, monkeypatch):
+    state = start(card, tiny_model())
+    state.epoch = 1
+    monkeypatch.setattr(ic, "mean_loss", lambda state: None)
+    with card, ic.tqdm(disable=True) as bar:
+        ic.train_epoch(state, make_rows(), bar)
+    assert state.step == 2 and state.loss_sum.is_cuda
+    assert card.transfers == [True] * 14 and card.pinned == [(8, 3, 64, 64)] * 2
+
+
+@pytest.mark.parametrize("chunk", [99, 3])
+def test_the_evaluation_waits_only_when_all_is_encoded(card, chunk):
+    state = start(card, tiny_model(), chunk)
+    with card, pytest.raises(Wait) as waited:
+        ic.evaluate(state, make_rows())
+    last = [entry for entry in waited.traceback if entry.path.name == "indofashion_clip.py"][-1]
+    assert last.name == "evaluate" and "predicted = " in str(last.statement)
+    assert all(card.transfers[:-1])  # the last one, prompt_ids, comes after
+    assert card.pinned == [(20, 3, 64, 64)]
+
+
+def test_batches_are_loaded_ahead_by_a_thread(card):
+    started = [threading.Event() for _ in range(3)]
+
+    def load(i):
+        started[i].set()
+        return i, threading.get_ident()
+
+    batches = ic.load_ahead(load, range(3))
+    first = next(batches)
+    assert started[1].wait(10) and not started[2].is_set()
+    order, threads = zip(first, *batches, strict=True)
+    assert order == (0, 1, 2) and threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_batches_are_those_of_a_machine_without_a_card(card, monkeypatch, first):
+    ahead = list(ic.epoch_batches(make_rows(), 1, 8, first))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plain = list(ic.epoch_batches(make_rows(), 1, 8, first))
+    assert card.pinned == [(8, 3, 64, 64)] * (2 - first)  # those ahead only
+    for one, other in zip(ahead, plain, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_the_machine_is_prepared(monkeypatch):
+    calls, half = [], 2**29
+
+    def note(module, name, result=None):
+        monkeypatch.setattr(module, name, lambda *given: calls.append((name, *given)) or result)
+
+    note(torch.cuda, "set_device")
+    note(torch, "set_float32_matmul_precision")
+    note(torch.backends.cuda, "enable_cudnn_sdp")
+    note(torch.cuda, "mem_get_info", (6 * half, 8 * half))
+    note(torch.cuda, "set_per_process_memory_fraction")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ic, "LOCAL_RANK", 1)
+    monkeypatch.setattr(ic.ctypes, "CDLL", lambda _: None)  # no glibc: malloc stays as it is
+    with warnings.catch_warnings():
+        device = ic.prepare_machine()
+    assert device == torch.device("cuda:1")
+    assert calls == [
+        ("set_device", device),
+        ("set_float32_matmul_precision", "high"),
+        ("enable_cudnn_sdp", False),
+        ("mem_get_info",),  # of the device that was set
+        ("set_per_process_memory_fraction", 5 / 8),
+    ]
+
+
+# ---- The harness itself ----
+def test_the_card_notices(card):
+    reads = [torch.Tensor.cpu, torch.nonzero, torch.unique, max]
+    reads += [lambda fake: fake.sum().item(), lambda fake: fake[fake > 0]]
+    with card:
+        fake, host = torch.ones(3, device="cuda"), torch.ones(3)
+        for read in reads:
+            with pytest.raises(Wait):
+                read(fake)
+        with pytest.raises(RuntimeError, match="devices"):
+            fake + host
+        assert (fake + host.sum()).is_cuda and float(host.sum()) == 3
+        card.transfers.clear()
+        host.to("cuda:0", non_blocking=True), host.to("cuda:0"), fake.copy_(host), fake[host.long()]
+    assert card.transfers == [True, False, False, False]
+
+
+def test_backward_by_hand_is_backward(card, monkeypatch):
+    def learned():
+        model = tiny_model()
+        ic.forward_backward(make_state(model, chunk=3), make_batch(5), [])
+        return gradients(model)
+
+    by_hand = learned()
+    monkeypatch.undo()
+    by_engine = learned()
+    assert by_hand.keys() == by_engine.keys()
+    assert all(relative(by_hand[name], grad) < 1e-5 for name, grad in by_engine.items())
