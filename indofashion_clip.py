@@ -5,8 +5,11 @@
 
 Edit the constants first, or nothing: without IndoFashion in data/indo-fashion a tiny CLIP learns
 the bundled sample, drawings of the 15 classes, from scratch: half a minute on two CPU cores, after
-which it names the class of 9 in 10 (1 in 15 before). In: a folder of pictures, and a JSON-lines
-file of titles and classes a split. Out: outputs/best.pt, which clip.load reads.
+which it names the class of 9 in 10 (1 in 15 before).
+
+In: a folder of pictures and a file of rows, a JSON object a line, for train and, if you have them,
+val and test: {"image_path": "a/1.jpg", "product_title": "Red silk saree", "class_label": "saree"}.
+Out: outputs/best.pt, which clip.load reads.
 
 Shapes: B pairs in a batch, b of them this process's, N rows in a split, C distinct captions, K
 classes, D the width of an embedding, R the side of a picture in pixels.
@@ -30,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +55,7 @@ with warnings.catch_warnings():
 # ---- Constants: what a user edits ----------------------------------------------------------------
 IMAGE_PATH = "data/indo-fashion"  # the folder that image_path in a row is relative to
 JSON_PATH = "data/indo-fashion/{split}_data.json"  # {split} stands for train, val and test
-OUTPUT_PATH = "outputs"  # the weights, the metrics, the pictures, the rows left out
+OUTPUT_PATH = "outputs"  # weights, metrics, pictures; one for each training
 CACHE_PATH = "data/cache"  # decoded pictures, 150 KB each at 224 pixels; on a fast disk
 
 MODEL = "ViT-B/32"  # a name from clip.available_models(), a .pt file, or "tiny"
@@ -80,7 +84,7 @@ CLASS_NAMES = {  # better words than the label's own, with _ read as a space
     "sherwanis": "sherwani",
     "women_kurta": "women's kurta",
 }
-CHUNK_SIZE = None  # pairs encoded at a time; None: as many as the device has memory for
+CHUNK_SIZE = None  # pairs encoded at a time; None: all, on a GPU halved until they fit
 
 SAMPLE_RUN = {  # the run without a dataset: what differs from the constants above
     "IMAGE_PATH": "data/sample",
@@ -93,6 +97,12 @@ SAMPLE_RUN = {  # the run without a dataset: what differs from the constants abo
     "CLASS_PROMPT_SHARE": 0.5,
     "MIN_CROP": 0.95,
 }
+
+# ---- Set by torchrun -----------------------------------------------------------------------------
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on its machine
+BAR = {"leave": False, "disable": True if RANK > 0 else None}  # None: no bar in a log file
 
 
 # ---- Data: rows → captions and pictures → batches ------------------------------------------------
@@ -134,7 +144,7 @@ def read_records(json_path):
                 caption = title if titled else class_prompts(label)[0]
                 records.append(Record(line, len(records), path, caption, label, titled))
             elif text.strip():
-                skipped.append((line, "no JSON object with an image_path and a class_label"))
+                skipped.append((line, "no JSON object with the texts image_path and class_label"))
     return records, skipped
 
 
@@ -170,17 +180,18 @@ def make_cache(cache_file, paths, resolution):
     It holds uint8 [N, 3, R, R], then 64 bytes that tell what it was made from, then, as JSON,
     [[row, why unusable], …]. Several processes at once waste work and spoil nothing.
     """
-    made_from, size = hashlib.sha256(b"%d" % resolution), len(paths) * 3 * resolution**2
+    digest = hashlib.sha256(b"%d" % resolution)
     for path in paths:
-        made_from.update(repr(path).encode("utf-8", "replace"))
+        digest.update(repr(path).encode("utf-8", "replace"))
         with suppress(OSError, ValueError):
             status = os.stat(path)
-            made_from.update(b"%d %d" % (status.st_size, status.st_mtime_ns))
+            digest.update(b"%d %d" % (status.st_size, status.st_mtime_ns))
+    size = len(paths) * 3 * resolution**2
 
     def is_there():
         with suppress(OSError), open(cache_file, "rb") as file:
             file.seek(size)
-            return file.read(64) == made_from.hexdigest().encode()
+            return file.read(64) == digest.hexdigest().encode()
 
     if is_there():
         return
@@ -191,14 +202,17 @@ def make_cache(cache_file, paths, resolution):
     if size > (free := shutil.disk_usage(CACHE_PATH).free):
         sys.exit(f"CACHE_PATH: {CACHE_PATH} needs {size / 1e9:.1f} GB, has {free / 1e9:.1f} free")
     own_name, bad = f"{cache_file}.{time.time_ns()}.tmp", []
-    with replacing(cache_file, own_name, unless=is_there) as file, ThreadPoolExecutor() as threads:
+    with (
+        atomic_write(cache_file, own_name, unless=is_there) as file,
+        ThreadPoolExecutor() as threads,
+    ):
         parts = (paths[start : start + 256] for start in range(0, len(paths), 256))
         work = functools.partial(decode, resolution=resolution)
         pictures = (picture for part in parts for picture in threads.map(work, part))
         for row, (pixels, why) in enumerate(tqdm(pictures, "decoding", len(paths), **BAR)):
             file.write(pixels.numpy())
             bad += [(row, why)] if why else []
-        file.write(made_from.hexdigest().encode() + json.dumps(bad).encode())
+        file.write(digest.hexdigest().encode() + json.dumps(bad).encode())
 
 
 def open_cache(cache_file, shape):
@@ -243,17 +257,20 @@ class FashionDataset(Dataset):
 def read_split(split, json_path, resolution):
     """→ (the usable [Record], all pixels, lines of skipped.jsonl). Stops where most are bad."""
     records, skipped = read_records(json_path)
-    paths = [os.path.join(IMAGE_PATH, record.image_path) for record in records]
-    cache_file, pixels, bad = f"{CACHE_PATH}/{split}-{resolution}.u8", None, {}
-    if records and LOCAL_RANK == 0:  # of a machine; the others have waited
+    if not records:
+        sys.exit(f"{json_path}: no line is a JSON object with the texts image_path and class_label")
+    cache_file = f"{CACHE_PATH}/{split}-{resolution}.u8"
+    if LOCAL_RANK == 0:  # of a machine; the others have waited for it
+        paths = [os.path.join(IMAGE_PATH, record.image_path) for record in records]
         make_cache(cache_file, paths, resolution)
-    if records:
-        pixels, bad = open_cache(cache_file, (len(records), 3, resolution, resolution))
+    pixels, bad = open_cache(cache_file, (len(records), 3, resolution, resolution))
     skipped = sorted(skipped + [(records[row].line, why) for row, why in bad.items()])
     usable = [record for record in records if record.cache_row not in bad]
-    if len(skipped) > len(usable) or not usable:
-        line, why = skipped[0] if skipped else (1, "the file is empty")
-        sys.exit(f"{json_path}: most rows are bad. Line {line}: {why}. Check IMAGE_PATH and it")
+    if len(skipped) > len(usable):
+        line, why = skipped[0]
+        sys.exit(
+            f"{json_path}: most rows are bad. Line {line}: {why}. Check IMAGE_PATH and this file"
+        )
     return usable, pixels, [{"split": split, "line": line, "reason": why} for line, why in skipped]
 
 
@@ -269,7 +286,7 @@ def load_splits(resolution):
             used = f"{len(records[split]):7,} rows used, {untitled:,} of them without a title"
             say(f"{split:5} {used}; {len(left_out):,} left out")
     if RANK == 0:
-        with replacing(f"{OUTPUT_PATH}/skipped.jsonl") as file:
+        with atomic_write(f"{OUTPUT_PATH}/skipped.jsonl") as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in skipped)
     if "val" not in records:
         rows, pixels["val"] = records["train"], pixels["train"]
@@ -286,9 +303,9 @@ def load_splits(resolution):
 
 class Batch(NamedTuple):
     pixels: torch.Tensor  # uint8 [b, 3, R, R], this process's share of the B pairs
-    draws: torch.Tensor  # float32 [b, 5], uniform in 0..1, for augment()
+    draws: torch.Tensor  # float32 [b, 4], uniform in 0..1, for augment()
     tokens: torch.Tensor  # int32 [captions, 77], the share's distinct ones
-    which: torch.Tensor  # int64 [b], each picture's caption among them
+    inverse: torch.Tensor  # int64 [b], each picture's row of tokens
     caption_ids: torch.Tensor  # int64 [B], of the whole batch
 
 
@@ -296,16 +313,16 @@ def epoch_batches(dataset, epoch, batch_size, first_step=0):
     """Yield an epoch's Batches from a step on. All that is random follows from SEED and epoch."""
     generator, size = torch.Generator().manual_seed(SEED * 1_000_003 + epoch), len(dataset)
     order = torch.randperm(size, generator=generator)
-    draws = torch.rand(size, 5, generator=generator)
-    which = torch.randint(dataset.prompt_ids.shape[1], (size,), generator=generator)
-    prompted = (draws[:, 4] < CLASS_PROMPT_SHARE) | ~dataset.titled
-    prompts = dataset.prompt_ids[dataset.labels, which]
+    draws, coin = torch.rand(size, 5, generator=generator).split([4, 1], 1)
+    prompt = torch.randint(dataset.prompt_ids.shape[1], (size,), generator=generator)
+    prompted = (coin.squeeze(1) < CLASS_PROMPT_SHARE) | ~dataset.titled
+    prompts = dataset.prompt_ids[dataset.labels, prompt]
     caption_ids = torch.where(prompted, prompts, dataset.caption_ids)
 
     def load(rows):
         own = rows.chunk(WORLD_SIZE)[RANK]
-        ids, which = caption_ids[own].unique(return_inverse=True)
-        return Batch(dataset[own][0], draws[own], dataset.tokens[ids], which, caption_ids[rows])
+        ids, inverse = caption_ids[own].unique(return_inverse=True)
+        return Batch(dataset[own][0], draws[own], dataset.tokens[ids], inverse, caption_ids[rows])
 
     full = order.split(batch_size)[: size // batch_size]  # the other rows wait for the next shuffle
     return load_ahead(load, full[first_step:])
@@ -317,11 +334,9 @@ def load_ahead(load, batches):
         yield from map(load, batches)
         return
     with ThreadPoolExecutor(1) as thread:
-        loading = None
-        for rows in (*batches, None):
-            loaded, loading = loading, thread.submit(load, rows) if rows is not None else None
-            if loaded:
-                yield loaded.result()
+        loading = (thread.submit(load, rows) for rows in batches)
+        for loaded, _ in pairwise(chain(loading, [None])):  # the next is submitted by now
+            yield loaded.result()
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -370,8 +385,8 @@ def run_blocks(transformer, tokens, attend, read):
     """CLIP's residual attention blocks on packed tokens [T, width] → rows `read` of the result.
 
     attend: queries, keys and values [T, 3 · width] → [T, width]. The last block computes no row
-    that is not read. QuickGELU, h · sigmoid(1.702 h), is silu(1.702 h) / 1.702, and the factors are
-    put into the weights, which are smaller than what they are multiplied with.
+    that is not read. QuickGELU, h · sigmoid(1.702 h), is silu(1.702 h) / 1.702: both factors scale
+    the weights, which have fewer elements than the activations.
     """
     for block in transformer.resblocks:
         projection, mlp = block.attn.in_proj_weight, block.mlp
@@ -429,14 +444,15 @@ def text_tower(model, tokens):
         padded = packed.new_zeros(inside.numel(), packed.shape[1]).index_copy(0, slots, packed)
         return attention(padded, len(tokens), causal=True)[slots]
 
-    places = F.embedding(slots % longest, model.positional_embedding)  # indexing adds up gradients
-    embedded = model.token_embedding(words) + places  # in any order, which is not reproducible
+    # F.embedding, not indexing: positions repeat, and indexing sums gradients in any order.
+    positions = F.embedding(slots % longest, model.positional_embedding)
+    embedded = model.token_embedding(words) + positions
     read = run_blocks(model.transformer, embedded, attend, end)
     return model.ln_final(read) @ model.text_projection
 
 
 def augment(images, draws):
-    """Images [B, 3, R, R], each cropped and perhaps flipped by its draws [B, 5], from 0 to 1."""
+    """Images [B, 3, R, R], each cropped and perhaps flipped by its draws [B, 4], from 0 to 1."""
     side = 1 - (1 - MIN_CROP) * draws[:, 0]
     view = torch.zeros(len(images), 2, 3, device=images.device)
     view[:, 0, 0] = torch.where(draws[:, 3] < 0.5, side, -side)
@@ -491,7 +507,7 @@ def in_chunks(state, encode, *inputs):
     return torch.cat(list(map(again, *(rows.split(state.chunk) for rows in inputs))))
 
 
-def halving(work, state, *arguments):
+def retry_on_oom(work, state, *arguments):
     """work(state, …), again with half the chunk each time that the device runs out of memory."""
     while True:
         try:
@@ -501,30 +517,31 @@ def halving(work, state, *arguments):
         torch.cuda.empty_cache()  # not inside except, where the error still holds the tensors
         if state.chunk == 1:
             torch.ones((), requires_grad=True).backward()  # or torch crashes as Python ends
-            sys.exit("out of memory even one pair at a time: lower BATCH_SIZE or change MODEL")
+            sys.exit(
+                "out of memory even one pair at a time: set a smaller MODEL and another OUTPUT_PATH"
+            )
         state.chunk = -(-state.chunk // 2)
         tqdm.write(f"Out of memory: the same again, {state.chunk} pairs at a time.")
 
 
 def forward_backward(state, batch, gathered):
-    """The loss of the whole batch, and its gradients by way of this process's pairs.
+    """The loss of all B pairs; gradients by this process's b, to be summed over the processes.
 
-    gathered: an empty list that takes all processes' features, which are not gathered again after
-    running out of memory: the other processes do not repeat it.
+    gathered: an empty list that takes all processes' features. After running out of memory they
+    are used again: the other processes do not repeat the exchange.
     """
     state.optimizer.zero_grad()  # of an attempt that ran out of memory
     device = state.model.mean.device
     image_features = in_chunks(state, encode_images, batch.pixels, batch.draws)
     captions = in_chunks(state, encode_texts, batch.tokens)
-    text_features = F.embedding(batch.which.to(device, non_blocking=True), captions)
-    own = image_features, text_features  # [b, D]; the other processes' are constants
+    text_features = F.embedding(batch.inverse.to(device, non_blocking=True), captions)
+    own = torch.stack([image_features, text_features], 1)  # [b, 2, D]
     if not gathered:
-        gathered += [gather(features.detach()) for features in own]
-    before, after = RANK * len(batch.which), (RANK + 1) * len(batch.which)
-    parts = zip(gathered, own, strict=True)
-    whole = [torch.cat([others[:before], mine, others[after:]]) for others, mine in parts]
+        gathered.append(all_gather(own.detach()))  # [B, 2, D], the other processes' as constants
+    start = RANK * len(own)
+    features = gathered[0].slice_scatter(own, 0, start, start + len(own))
     caption_ids = batch.caption_ids.to(device, non_blocking=True)
-    loss = clip_loss(*whole, state.model.logit_scale, caption_ids)
+    loss = clip_loss(*features.unbind(1), state.model.logit_scale, caption_ids)
     state.scaler.scale(loss).backward()
     return loss.detach()
 
@@ -532,9 +549,9 @@ def forward_backward(state, batch, gathered):
 def train_step(state, batch):
     """One optimizer step → the loss of the whole batch, a tensor: to read it is to wait for it."""
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
-    loss = halving(forward_backward, state, batch, [])
-    model.logit_scale.grad /= WORLD_SIZE  # of this one each process has the whole
-    sum_over_processes([parameter.grad for parameter in model.parameters()])
+    loss = retry_on_oom(forward_backward, state, batch, [])
+    model.logit_scale.grad /= WORLD_SIZE  # a parameter of the loss: each process has the whole
+    all_reduce_gradients([parameter.grad for parameter in model.parameters()])
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     scaler.step(optimizer)
@@ -563,21 +580,23 @@ def learning_rate(step, total_steps):
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
-def nearest(queries, answers, count):
+def top_k(queries, answers, count):
     """int64 [Q, count], the places of the nearest answers [A, D] to each query [Q, D]."""
     count = min(count, len(answers))
     return torch.cat([(part @ answers.T).topk(count).indices for part in queries.split(1024)])
 
 
-WAYS = ("image_to_text", "text_to_image")
+DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 def retrieval_recall(image_features, text_features, caption_ids):
     """{"image_to_text_r1": the share of pictures whose caption is the first found, …}."""
     captions = torch.arange(len(text_features), device=caption_ids.device)[:, None]
-    texts = nearest(image_features, text_features, 10)
-    images = nearest(text_features, image_features, 10)
-    hits = zip(WAYS, (texts == caption_ids[:, None], caption_ids[images] == captions), strict=True)
+    texts = top_k(image_features, text_features, 10)
+    images = top_k(text_features, image_features, 10)
+    hits = zip(
+        DIRECTIONS, (texts == caption_ids[:, None], caption_ids[images] == captions), strict=True
+    )
     ways = [(way, right, k) for way, right in hits for k in (1, 5, 10)]
     return {f"{way}_r{k}": right[:, :k].any(1).double().mean().item() for way, right, k in ways}
 
@@ -586,8 +605,8 @@ def encode_all(state, encode, batches):
     """The features float32 [N, D] of all batches; between two of them a signal can end the run."""
     features = []
     for batch in batches:
-        features.append(halving(in_chunks, state, encode, batch))
-        leave_if_told(state)
+        features.append(retry_on_oom(in_chunks, state, encode, batch))
+        stop_if_signalled(state)
     return torch.cat(features)
 
 
@@ -604,7 +623,7 @@ def evaluate(state, dataset):
     text_features = encode_all(state, encode_texts, dataset.tokens.split(256))
     class_features = F.normalize(text_features[dataset.prompt_ids].mean(1), dim=-1)  # [K, D]
     text_features = text_features[: dataset.num_captions]
-    predicted = nearest(image_features, class_features, 1).squeeze(1).cpu()
+    predicted = top_k(image_features, class_features, 1).squeeze(1).cpu()
     confusion = torch.bincount(dataset.labels * num_classes + predicted, minlength=num_classes**2)
     confusion = confusion.view(num_classes, num_classes)
     caption_ids, loss = dataset.caption_ids.to(image_features.device), 0.0
@@ -650,8 +669,8 @@ class State:
     finished: bool = False
 
 
-SHAPING = """MODEL BATCH_SIZE NUM_EPOCHS LR WEIGHT_DECAY WARMUP MAX_GRAD_NORM CLASS_PROMPT_SHARE
-             MIN_CROP SEED PROMPTS CLASS_NAMES"""  # the constants that make training what it is
+HYPERPARAMETERS = """MODEL BATCH_SIZE NUM_EPOCHS LR WEIGHT_DECAY WARMUP MAX_GRAD_NORM MIN_CROP SEED
+    CLASS_PROMPT_SHARE PROMPTS CLASS_NAMES"""  # what makes a training what it is
 PROGRESS = ("history", "epoch", "step", "loss_sum", "finished")
 
 
@@ -660,7 +679,8 @@ def new_state(model, splits):
     device, pairs = model.mean.device, min(BATCH_SIZE, len(splits["train"]))
     if (batch_size := pairs // WORLD_SIZE * WORLD_SIZE) == 0:
         sys.exit(f"{WORLD_SIZE} processes cannot share a batch of {pairs}: start fewer")
-    made_from = {name: globals()[name] for name in SHAPING.split()} | {"BATCH_SIZE": batch_size}
+    made_from = {name: globals()[name] for name in HYPERPARAMETERS.split()}
+    made_from["BATCH_SIZE"] = batch_size  # in use
     for split, dataset in splits.items():
         rows = repr(dataset.records).encode("utf-8", "replace")
         made_from[f"the rows of {split}"] = hashlib.sha256(rows).hexdigest()[:12]
@@ -670,12 +690,12 @@ def new_state(model, splits):
     return State(model, make_optimizer(model), scaler, precision, batch_size, chunk, made_from)
 
 
-def mean_loss(state):
-    """The epoch's mean loss so far, waiting for the device. Stops at a broken loss or weight."""
+def check_finite(state):
+    """The epoch's mean loss so far. Waits for the device; stops at a broken loss or weight."""
     weights = torch.nn.utils.get_total_norm(state.model.parameters())
     if not math.isfinite(state.loss_sum + weights):
         where = f"by step {state.step} of epoch {state.epoch}"
-        advice = f"lower LR; {OUTPUT_PATH} holds the last good weights"
+        advice = f"lower LR and set another OUTPUT_PATH; {OUTPUT_PATH} holds the last good weights"
         sys.exit(f"the loss or a weight is not finite {where}: {advice}")
     state.loss_sum = float(state.loss_sum)
     return state.loss_sum / max(1, state.step)
@@ -683,12 +703,12 @@ def mean_loss(state):
 
 def save_run(state):
     """Write last.pt, from which the run goes on exactly."""
-    mean_loss(state)
+    check_finite(state)
     if RANK == 0:
         saved = {name: getattr(state, name) for name in ("made_from", *PROGRESS)}
         for name in ("model", "optimizer", "scaler"):
             saved[name] = getattr(state, name).state_dict()
-        with replacing(f"{OUTPUT_PATH}/last.pt") as file:
+        with atomic_write(f"{OUTPUT_PATH}/last.pt") as file:
             torch.save(saved, file)
 
 
@@ -699,13 +719,14 @@ def resume(state):
     instead = "or set another OUTPUT_PATH to start anew"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        old, new = saved.pop("made_from"), state.made_from
+        old, new = saved["made_from"], state.made_from
         changed = [name for name in new | old if old.get(name) != new.get(name)]
-        for name, value in () if changed else saved.items():
-            if name in PROGRESS:
-                setattr(state, name, value)
-            elif value:  # a scaler that scales nothing has saved nothing
-                getattr(state, name).load_state_dict(value)
+        if not changed:
+            for name in PROGRESS:
+                setattr(state, name, saved[name])
+            for name in ("model", "optimizer", "scaler"):
+                if saved[name]:  # a scaler that scales nothing has saved nothing
+                    getattr(state, name).load_state_dict(saved[name])
     except Exception as error:
         sys.exit(f"{path} is no checkpoint of this script ({error!r:.300}). Move it, {instead}")
     if changed:
@@ -727,23 +748,23 @@ def train_epoch(state, dataset, bar):
         state.step += 1
         bar.update()
         if state.step % 20 == 0:
-            bar.set_postfix(loss=f"{mean_loss(state):.3f}")
+            bar.set_postfix(loss=f"{check_finite(state):.3f}")
         if time.monotonic() > saved + 600:
             save_run(state)
             saved = time.monotonic()
-        leave_if_told(state)
-    seconds = time.perf_counter() - start
-    rate = (steps - first) * state.batch_size / seconds
-    return {"train_loss": mean_loss(state), "seconds": seconds, "pairs_per_second": rate}
+        stop_if_signalled(state)
+    loss, seconds = check_finite(state), time.perf_counter() - start
+    speed = (steps - first) * state.batch_size / seconds
+    return {"train_loss": loss, "seconds": seconds, "pairs_per_second": speed}
 
 
 def log(state, split, epoch, metrics):
     """Add a line to metrics.jsonl and to what is printed."""
     state.history.append({"epoch": epoch, "split": split} | metrics)
     if RANK == 0:
-        with replacing(f"{OUTPUT_PATH}/metrics.jsonl") as file:
+        with atomic_write(f"{OUTPUT_PATH}/metrics.jsonl") as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in state.history)
-    recalls = (" ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10)) for way in WAYS)
+    recalls = (" ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10)) for way in DIRECTIONS)
     scores = f"{metrics['loss']:7.3f} {metrics['accuracy']:8.3f} {metrics['macro_f1']:8.3f}"
     recalls, speed = "     ".join(recalls), metrics["pairs_per_second"]
     say(f"{epoch:5} {split:5} {scores}     {recalls} {speed:9.1f}")
@@ -762,7 +783,7 @@ def train(state, splits):
             log(state, "val", state.epoch, metrics | trained)
             if best_line(state.history) is state.history[-1] and RANK == 0:
                 weights = {name: w.cpu() for name, w in state.model.state_dict().items()}
-                with replacing(f"{OUTPUT_PATH}/best.pt") as file:
+                with atomic_write(f"{OUTPUT_PATH}/best.pt") as file:
                     torch.save(weights, file)
             state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
             save_run(state)
@@ -770,7 +791,7 @@ def train(state, splits):
 
 def finish(state, splits):
     """Evaluate the start and best.pt, and draw them; where it is interrupted, all of it again."""
-    wait_for_all()  # best.pt is written
+    barrier()  # best.pt is written
     val, best_file, views = splits["val"], f"{OUTPUT_PATH}/best.pt", []
     for weights in (MODEL, best_file):
         state.model.load_state_dict(load_clip(weights).state_dict())
@@ -782,25 +803,20 @@ def finish(state, splits):
         draw_curves(state.history, best_epoch)
         draw_confusion(val.class_labels, [confusion for confusion, *_ in views])
         draw_retrieval(val, [features for _, *features in views])
-    leave_if_told(state)
-    state.finished = True
+    stop_if_signalled(state)
+    state.finished = True  # which is all that last.pt is for now: it gets best.pt's weights
     save_run(state)
     say(f"\nThe best weights, of epoch {best_epoch}, are in {best_file}. To use them:")
     say(f'    model, preprocess = clip.load("{best_file}")')
 
 
 # ---- Processes and signals -----------------------------------------------------------------------
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-BAR = {"leave": False, "disable": True if RANK > 0 else None}  # None: no bar in a log file
-
-
 def prepare_machine():
     """Set up memory and output, meet the other processes, if any → this one's device."""
+    # Never return freed memory to the system: to get it anew was a third of a step of 256 pairs.
     with suppress(AttributeError, OSError, TypeError):  # no glibc
-        mallopt = ctypes.CDLL(None).mallopt  # keep what is freed: to get it anew was a third
-        mallopt(-1, -1)  # of a step of 256 pairs. M_TRIM_THRESHOLD: never shrink
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a notebook's own
@@ -829,14 +845,14 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     return tensor
 
 
-def gather(share):
+def all_gather(share):
     """[b, D] of each process → [B, D] of all, by rank. Sums with zeros are exact."""
     shares = share.new_zeros(WORLD_SIZE, *share.shape)
     shares[RANK] = share
     return all_reduce(shares).flatten(0, 1)
 
 
-def sum_over_processes(tensors):
+def all_reduce_gradients(tensors):
     """Each tensor's sum over the processes, in place, many in one flat bucket."""
     for start in range(0, len(tensors) if WORLD_SIZE > 1 else 0, 50):
         bucket = tensors[start : start + 50]
@@ -844,7 +860,7 @@ def sum_over_processes(tensors):
         torch.nn.utils.vector_to_parameters(flat, bucket)
 
 
-def wait_for_all():
+def barrier():
     """Return when all processes are here; a signal is heard meanwhile."""
     if WORLD_SIZE > 1:
         meeting = dist.all_reduce(torch.zeros(1), async_op=True)
@@ -861,7 +877,7 @@ def in_turns(work, turn, turns):
     for now in range(turns):
         if now == turn:
             result = work()
-        wait_for_all()
+        barrier()
     return result
 
 
@@ -871,14 +887,14 @@ def leave(number, _frame):
     sys.exit(128 + number)
 
 
-def leave_if_told(state):
+def stop_if_signalled(state):
     """End the run, saved, where one of its processes was told to by Ctrl-C or SIGTERM."""
     told = int(all_reduce(torch.tensor(max(state.signals, default=0)), dist.ReduceOp.MAX))
     if told:
         if state.epoch <= NUM_EPOCHS:  # later all is saved, and other weights are evaluated
             save_run(state)
         say(f"Stopped and saved in {OUTPUT_PATH}/last.pt: the same command goes on from there.")
-        wait_for_all()
+        barrier()
         sys.exit(128 + told)
 
 
@@ -890,8 +906,8 @@ def say(line):
 
 # ---- Files and constants -------------------------------------------------------------------------
 @contextmanager
-def replacing(path, temporary=None, unless=lambda: False):
-    """A file to write; on success it is flushed to disk and takes the name at once, unless()."""
+def atomic_write(path, temporary=None, unless=lambda: False):
+    """A file to write, which on success replaces path at once; it is dropped where unless()."""
     temporary = temporary or f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -924,9 +940,9 @@ def check_constants():
     limits |= {"WARMUP": (0.0, 1.0), "CLASS_PROMPT_SHARE": (0.0, 1.0), "MIN_CROP": (0.01, 1.0)}
     limits |= {"CHUNK_SIZE": (1, 2**31)} if CHUNK_SIZE is not None else {}
     for name, (least, most) in limits.items():
-        value, kind = globals()[name], "whole number" if isinstance(least, int) else "number"
-        kinds = (int,) if isinstance(least, int) else (int, float)
-        if type(value) not in kinds or not least <= value <= most:
+        value, whole = globals()[name], isinstance(least, int)
+        if not isinstance(value, int if whole else int | float) or not least <= value <= most:
+            kind = "whole number" if whole else "number"
             sys.exit(f"{name} is {value!r}; it must be a {kind} from {least} to {most}")
     prompts = PROMPTS if isinstance(PROMPTS, list | tuple) else [PROMPTS]
     texts = {"PROMPTS": prompts, "CLASS_NAMES": CLASS_NAMES.values(), "IMAGE_PATH": [IMAGE_PATH]}
@@ -952,14 +968,14 @@ def check_constants():
 
 # ---- Pictures ------------------------------------------------------------------------------------
 def save_figure(name, figure):
-    with replacing(f"{OUTPUT_PATH}/{name}") as file, warnings.catch_warnings():
+    with atomic_write(f"{OUTPUT_PATH}/{name}") as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the font lacks some languages' letters
         figure.savefig(file, format="png", dpi=100, bbox_inches="tight", pad_inches=0.15)
 
 
 def draw_curves(history, best_epoch):
     """curves.png: the epochs' lines of metrics.jsonl."""
-    shares = [f"{way}_r{k}" for way in WAYS for k in (1, 5)]
+    shares = [f"{way}_r{k}" for way in DIRECTIONS for k in (1, 5)]
     panels = {"loss": ["train_loss", "loss"], "classes": ["accuracy", "macro_f1"], "search": shares}
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     for panel, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
@@ -968,7 +984,7 @@ def draw_curves(history, best_epoch):
             epochs, values = [line["epoch"] for line in lines], [line[key] for line in lines]
             panel.plot(epochs, values, marker=".", label=key)
         panel.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
-        panel.set(title=f"{title}, val", xlabel="epoch (0 is before training)")
+        panel.set(title=title, xlabel="epoch (0 is before training)")
         panel.set_ylim((None, None) if title == "loss" else (-0.03, 1.03))
         panel.legend()
         panel.grid(alpha=0.3)
@@ -1003,10 +1019,9 @@ def picture_strip(dataset, rows, query):
     strip, side = [], dataset.pixels.shape[-1]
     edge = max(2, side // 16)
     for row in rows:
-        same_caption = dataset.caption_ids[row] == dataset.caption_ids[query]
-        same_class = dataset.labels[row] == dataset.labels[query]
-        green = (20, 130, 50) if same_caption else (165, 220, 170)
-        color = green if same_caption or same_class else (255, 255, 255)
+        color = (165, 220, 170) if dataset.labels[row] == dataset.labels[query] else (255,) * 3
+        if dataset.caption_ids[row] == dataset.caption_ids[query]:
+            color = (20, 130, 50)
         frame = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1)
         frame = frame.repeat(1, side + 2 * edge, side + 2 * edge)
         frame[:, edge:-edge, edge:-edge] = dataset.pixels[dataset.cache_rows[row]]
@@ -1029,7 +1044,7 @@ def draw_retrieval(dataset, features):
     for i, query in enumerate(queries):
         pair = axes[i // columns * 2 :][:2, i % columns]
         for panel, when, (images, texts) in zip(pair, ("before", "after"), features, strict=True):
-            found = nearest(texts[dataset.caption_ids[query]][None], images, 5)[0].tolist()
+            found = top_k(texts[dataset.caption_ids[query]][None], images, 5)[0].tolist()
             panel.imshow(picture_strip(dataset, found, query))
             panel.set_ylabel(when)
         title = textwrap.fill(dataset.records[query].caption, 70, max_lines=2)
@@ -1044,8 +1059,10 @@ def main():
         signal.signal(number, leave)
     device = prepare_machine()
     check_constants()
-    # The first process downloads the weights, then one of each other machine; the rest find them.
-    model = in_turns(lambda: load_clip(MODEL), (RANK > 0) + (LOCAL_RANK > 0), 3).to(device)
+    turn = (
+        0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    )  # the first downloads, the others find it
+    model = in_turns(lambda: load_clip(MODEL), turn, 3).to(device)
     resolution = model.visual.input_resolution
     splits = in_turns(lambda: load_splits(resolution), LOCAL_RANK > 0, 2)
     state = new_state(model, splits)

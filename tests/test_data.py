@@ -330,7 +330,7 @@ def test_without_a_val_file_a_seeded_twentieth_of_train_is_val(place, monkeypatc
 
 @pytest.mark.parametrize(
     "count, good, words",
-    [(24, 11, "ine 12: .*.jpeg"), (24, 0, "ine 1: "), (0, 0, "empty"), (1, 1, "one usable row")],
+    [(24, 11, "ine 12: .*.jpeg"), (24, 0, "ine 1: "), (0, 0, "no line"), (1, 1, "one usable row")],
 )
 def test_too_few_usable_rows_end_with_one_line(place, count, good, words):
     (place / "val_data.json").unlink()
@@ -381,7 +381,7 @@ def test_the_shares_of_several_processes_are_equal_and_together_the_batch(monkey
         assert sum(map(rows_of, parts), []) == rows_of(batch)
         assert torch.equal(torch.cat([part.draws for part in parts]), batch.draws)
         assert all(torch.equal(part.caption_ids, batch.caption_ids) for part in parts)
-        tokens = torch.cat([part.tokens[part.which] for part in parts])
+        tokens = torch.cat([part.tokens[part.inverse] for part in parts])
         assert torch.equal(tokens, data.tokens[batch.caption_ids])
 
 
@@ -390,7 +390,7 @@ def test_a_share_of_the_titles_and_all_that_is_untitled_becomes_a_class_prompt(m
     monkeypatch.setattr(ic, "CLASS_PROMPT_SHARE", share)
     data = numbered([f"saree {i}" for i in range(240)], titled=lambda i: i % 3 > 0)
     [batch] = batches(data, size=240)
-    rows, texts = torch.tensor(rows_of(batch)), batch.tokens[batch.which]
+    rows, texts = torch.tensor(rows_of(batch)), batch.tokens[batch.inverse]
     own = (texts == data[rows][1]).all(1)
     prompts = (data.tokens[data.prompt_ids[data.labels[rows]]] == texts[:, None]).all(2)
     assert torch.equal(prompts.sum(1), (~own).long()) and not own[~data.titled[rows]].any()

@@ -1,4 +1,4 @@
-"""Every block of the README works as it stands there; the files are formatted and where they are."""
+"""Every block of the README works as it stands; the files are formatted and where they belong."""
 
 import ast
 import contextlib

@@ -119,7 +119,7 @@ def test_a_signal_before_training_ends_the_run_at_once(tmp_path, untouched, wher
     assert (tmp_path / "outputs/skipped.jsonl").read_text() == ""
 
 
-@pytest.mark.parametrize("moment", ["train_step", "encode_texts", "wait_for_all"])
+@pytest.mark.parametrize("moment", ["train_step", "encode_texts", "barrier"])
 def test_a_signal_to_one_of_two_processes_ends_both(tmp_path, untouched, moment):
     lines = f"""
         import os, signal
@@ -138,11 +138,11 @@ def test_a_signal_to_one_of_two_processes_ends_both(tmp_path, untouched, moment)
             raise
     """
     output = run_driver(tmp_path, lines, untouched[1], processes=2, code=1)
-    assert output.count("CODE 143") == (1 if moment == "wait_for_all" else 2)
+    assert output.count("CODE 143") == (1 if moment == "barrier" else 2)
     assert "[rank" not in output  # which torch puts before a traceback
-    assert ("goes on from there" in output) == (moment != "wait_for_all")
+    assert ("goes on from there" in output) == (moment != "barrier")
     again = run_driver(tmp_path, lines, untouched[1], processes=2)
-    assert "The best weights" in again and ("Going on" in again) == (moment != "wait_for_all")
+    assert "The best weights" in again and ("Going on" in again) == (moment != "barrier")
 
 
 def stopped_run(folder, constants, **changes):
@@ -251,7 +251,7 @@ def test_a_write_that_fails_inside_torch_save(tmp_path):
         torch.save(torch.ones(10), "last.pt")
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        with ic.replacing("last.pt") as file:
+        with ic.atomic_write("last.pt") as file:
             torch.save(torch.ones(1_000_000), file)
     """
     output = run_driver(tmp_path, lines, {}, code=1)

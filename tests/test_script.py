@@ -25,7 +25,7 @@ from PIL import Image
 import indofashion_clip as ic
 
 FIELDS = {"epoch", "split", "loss", "accuracy", "macro_f1", "seconds", "pairs_per_second"}
-SHARES = {f"{way}_r{k}" for way in ic.WAYS for k in (1, 5, 10)} | {"accuracy", "macro_f1"}
+SHARES = {f"{way}_r{k}" for way in ic.DIRECTIONS for k in (1, 5, 10)} | {"accuracy", "macro_f1"}
 
 
 # ---- What comes out ----
@@ -163,8 +163,8 @@ def test_every_constant_is_covered():
         "LOCAL_RANK",
         "PROGRESS",
         "RANK",
-        "SHAPING",
-        "WAYS",
+        "HYPERPARAMETERS",
+        "DIRECTIONS",
         "WORLD_SIZE",
     }
 

@@ -80,12 +80,12 @@ def test_no_decay_on_norms_biases_and_logit_scale(monkeypatch):
 
 
 def test_augment(monkeypatch):
-    images, still = torch.rand(3, 3, 16, 16), torch.zeros(3, 5)
+    images, still = torch.rand(3, 3, 16, 16), torch.zeros(3, 4)
     assert torch.allclose(ic.augment(images, still), images, atol=1e-5)
     still[:, 3] = 0.9
     assert torch.allclose(ic.augment(images, still), images.flip(-1), atol=1e-5)
     monkeypatch.setattr(ic, "MIN_CROP", 0.5)
-    corner = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]]).expand(3, 5)  # the smallest, at the top left
+    corner = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(3, 4)  # the smallest, at the top left
     expected = F.interpolate(images[:, :, :8, :8], size=16, mode="bilinear")[:, :, 1:-1, 1:-1]
     assert torch.allclose(ic.augment(images, corner)[:, :, 1:-1, 1:-1], expected, atol=1e-5)
 
@@ -96,7 +96,7 @@ def textbook_step(batch):
     model, ids = tiny_model(), batch.caption_ids
     images = ic.augment(batch.pixels.float().div(255), batch.draws)
     image_features = F.normalize(model.encode_image((images - model.mean) / model.std), dim=-1)
-    text_features = F.normalize(model.encode_text(batch.tokens[batch.which]), dim=-1)
+    text_features = F.normalize(model.encode_text(batch.tokens[batch.inverse]), dim=-1)
     logits = model.logit_scale.exp() * image_features @ text_features.T
     targets = (ids[:, None] == ids[None]).float()
     targets = targets / targets.sum(1, keepdim=True)
@@ -225,7 +225,7 @@ def test_out_of_memory_anywhere_leaves_the_step_as_it_is(monkeypatch, capsys, ch
 
     monkeypatch.setattr(ic, name, work)
     state, batch = make_state(chunk=chunk), make_batch(11)
-    loss = ic.halving(ic.forward_backward, state, batch, [])
+    loss = ic.retry_on_oom(ic.forward_backward, state, batch, [])
     monkeypatch.undo()
     assert state.chunk < chunk or 0 not in calls
     assert ("Out of memory" in capsys.readouterr().out) == (state.chunk < chunk)
@@ -235,11 +235,11 @@ def test_out_of_memory_anywhere_leaves_the_step_as_it_is(monkeypatch, capsys, ch
 def test_the_exchange_with_other_processes_is_not_repeated(monkeypatch):
     """They do not run out of memory at the same time, and would wait for ever."""
     exchanged, fails = [], failing({0, 1})
-    gather, loss = ic.gather, ic.clip_loss
-    monkeypatch.setattr(ic, "gather", lambda share: exchanged.append(1) or gather(share))
+    gather, loss = ic.all_gather, ic.clip_loss
+    monkeypatch.setattr(ic, "all_gather", lambda share: exchanged.append(1) or gather(share))
     monkeypatch.setattr(ic, "clip_loss", lambda *features: fails() or loss(*features))
     ic.train_step(make_state(chunk=8), make_batch(8))
-    assert len(exchanged) == 2  # of pictures and of captions
+    assert len(exchanged) == 1
 
 
 def test_no_memory_for_one_pair_ends_with_a_line(tmp_path, dataset):

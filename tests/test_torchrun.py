@@ -22,7 +22,7 @@ STEPS = """
     for number in range(6):
         whole = make_batch(12, number)
         own = slice(12 // ic.WORLD_SIZE * ic.RANK, 12 // ic.WORLD_SIZE * (ic.RANK + 1))
-        captions, which = whole.which[own].unique(return_inverse=True)
+        captions, which = whole.inverse[own].unique(return_inverse=True)
         share = ic.Batch(whole.pixels[own], whole.draws[own], whole.tokens[captions], which,
                          whole.caption_ids)
         found["losses"].append(ic.train_step(state, share).item())

@@ -31,7 +31,7 @@ def clip_loss(image_features, text_features, logit_scale, caption_ids):
 NO_FLIP = """
 flip_too = augment
 def augment(images, draws):
-    return flip_too(images, draws * torch.tensor([1, 1, 1, 0, 1], device=draws.device))
+    return flip_too(images, draws * torch.tensor([1, 1, 1, 0], device=draws.device))
 """
 ADAM = """
 def make_optimizer(model):

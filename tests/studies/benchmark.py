@@ -143,7 +143,7 @@ def this_script(count, dtype, chunk=None):
     pixels = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8)
     pixels = pixels.pin_memory() if ON_GPU else pixels
     captions, which = random_tokens(count).unique(dim=0, return_inverse=True)
-    batch = ic.Batch(pixels, torch.rand(count, 5), captions, which, which)
+    batch = ic.Batch(pixels, torch.rand(count, 4), captions, which, which)
     return lambda: ic.train_step(state, batch)
 
 
