@@ -236,7 +236,8 @@ class FashionDataset(Dataset):
         captions = [record.caption.lower() for record in records]  # CLIP reads no capitals
         prompts = [prompt.lower() for label in class_labels for prompt in class_prompts(label)]
         ids = {text: i for i, text in enumerate(dict.fromkeys(captions + prompts))}
-        self.num_captions, self.tokens = len(set(captions)), clip.tokenize(list(ids), truncate=True)
+        self.num_captions = len(set(captions))
+        self.tokens = clip.tokenize(list(ids), truncate=True).int()
         self.caption_ids = torch.tensor([ids[caption] for caption in captions])
         self.prompt_ids = torch.tensor([ids[p] for p in prompts]).view(len(class_labels), -1)
         places = {label: i for i, label in enumerate(class_labels)}

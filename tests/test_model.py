@@ -38,7 +38,7 @@ def test_the_gradients_are_the_same_to_the_bit_each_time():
     model, runs, threads = grown(tiny_model()), [], torch.get_num_threads()
     torch.set_num_threads(2)
     tokens = clip.tokenize([f"Navy Blue Silk Saree Number {i}" for i in range(120)])
-    for _ in range(6):
+    for _ in range(3):
         model.zero_grad()
         ic.encode_texts(model, torch.float32, tokens)[:, 0].sum().backward()
         runs.append(gradients(model))

@@ -196,7 +196,8 @@ def test_the_table_of_constants_gives_their_values():
 def test_the_files_are_formatted_and_the_linter_finds_nothing():
     config = ["--config", str(ROOT / "tests/ruff.toml"), "--no-cache", str(ROOT)]
     for command in (["format", "--check"], ["check"]):
-        done = subprocess.run(["ruff", *command, *config], capture_output=True, text=True)
+        ruff = [sys.executable, "-m", "ruff", *command, *config]
+        done = subprocess.run(ruff, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
