@@ -189,9 +189,9 @@ def make_cache(cache_file, paths, resolution):
     size = len(paths) * 3 * resolution**2
 
     def is_there():
-        with suppress(OSError), open(cache_file, "rb") as file:
+        with suppress(OSError, ValueError), open(cache_file, "rb") as file:
             file.seek(size)
-            return file.read(64) == digest.hexdigest().encode()
+            return file.read(64) == digest.hexdigest().encode() and json.load(file) is not None
 
     if is_there():
         return
@@ -233,13 +233,18 @@ class FashionDataset(Dataset):
 
     def __init__(self, records, pixels, class_labels):
         self.records, self.pixels, self.class_labels = records, pixels, class_labels
-        captions = [record.caption.lower() for record in records]  # CLIP reads no capitals
-        prompts = [prompt.lower() for label in class_labels for prompt in class_prompts(label)]
-        ids = {text: i for i, text in enumerate(dict.fromkeys(captions + prompts))}
-        self.num_captions = len(set(captions))
-        self.tokens = clip.tokenize(list(ids), truncate=True).int()
-        self.caption_ids = torch.tensor([ids[caption] for caption in captions])
-        self.prompt_ids = torch.tensor([ids[p] for p in prompts]).view(len(class_labels), -1)
+        captions = [record.caption for record in records]
+        prompts = [prompt for label in class_labels for prompt in class_prompts(label)]
+        texts = {
+            text.lower(): text for text in reversed(captions + prompts)
+        }  # CLIP reads no capitals
+        ids = {key: i for i, key in enumerate(reversed(texts))}
+        self.tokens = clip.tokenize(list(reversed(texts.values())), truncate=True).int()
+        self.num_captions = len({caption.lower() for caption in captions})
+        self.caption_ids = torch.tensor([ids[caption.lower()] for caption in captions])
+        self.prompt_ids = torch.tensor([ids[p.lower()] for p in prompts]).view(
+            len(class_labels), -1
+        )
         places = {label: i for i, label in enumerate(class_labels)}
         self.labels = torch.tensor([places[record.class_label] for record in records])
         self.titled = torch.tensor([record.titled for record in records])

@@ -107,7 +107,7 @@ def numbered(captions, titled=lambda i: True):
 def test_tokens_are_clips_own_and_each_caption_is_tokenized_once(monkeypatch):
     captions = ["Blue Saree", "word " * 75, "word " * 76, "blue SAREE", "Blue Saree", "साड़ी"]
     captions.append("CafÃ© Saree")  # UTF-8 read as Latin-1: clip reads it as Café Saree
-    expected = clip.tokenize(captions, truncate=True)
+    expected = clip.tokenize(captions, truncate=True).int()
     monkeypatch.setattr(clip, "tokenize", spy := Mock(wraps=clip.tokenize))
     data = numbered(captions)
     assert torch.equal(data[torch.arange(7)][1], expected)
