@@ -196,7 +196,7 @@ def make_cache(cache_file, paths, resolution):
     if is_there():
         return
     for leftover in Path(CACHE_PATH).glob("*.tmp"):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             if leftover.stat().st_mtime < time.time() - 3600:  # its run was killed
                 leftover.unlink()
     if size > (free := shutil.disk_usage(CACHE_PATH).free):
@@ -235,16 +235,13 @@ class FashionDataset(Dataset):
         self.records, self.pixels, self.class_labels = records, pixels, class_labels
         captions = [record.caption for record in records]
         prompts = [prompt for label in class_labels for prompt in class_prompts(label)]
-        texts = {
-            text.lower(): text for text in reversed(captions + prompts)
-        }  # CLIP reads no capitals
-        ids = {key: i for i, key in enumerate(reversed(texts))}
-        self.tokens = clip.tokenize(list(reversed(texts.values())), truncate=True).int()
-        self.num_captions = len({caption.lower() for caption in captions})
+        texts = {text.lower(): text for text in captions + prompts}  # CLIP reads no capitals
+        self.tokens = clip.tokenize(list(texts.values()), truncate=True).int()
+        ids = {text: i for i, text in enumerate(texts)}
         self.caption_ids = torch.tensor([ids[caption.lower()] for caption in captions])
-        self.prompt_ids = torch.tensor([ids[p.lower()] for p in prompts]).view(
-            len(class_labels), -1
-        )
+        self.num_captions = int(self.caption_ids.max()) + 1
+        prompt_ids = [ids[prompt.lower()] for prompt in prompts]
+        self.prompt_ids = torch.tensor(prompt_ids).view(len(class_labels), -1)
         places = {label: i for i, label in enumerate(class_labels)}
         self.labels = torch.tensor([places[record.class_label] for record in records])
         self.titled = torch.tensor([record.titled for record in records])
