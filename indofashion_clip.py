@@ -277,6 +277,11 @@ def read_split(split, json_path, resolution):
     return usable, pixels, [{"split": split, "line": line, "reason": why} for line, why in skipped]
 
 
+def shuffled(count):
+    """The numbers below count, int64 [count], in an order that follows from SEED."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
+
+
 def load_splits(resolution):
     """{"train", "val" and, where there is a file, "test": FashionDataset}; writes skipped.jsonl."""
     records, pixels, skipped = {}, {}, []
@@ -289,11 +294,10 @@ def load_splits(resolution):
             used = f"{len(records[split]):7,} rows used, {untitled:,} of them without a title"
             say(f"{split:5} {used}; {len(left_out):,} left out")
     if RANK == 0:
-        with atomic_write(f"{OUTPUT_PATH}/skipped.jsonl") as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in skipped)
+        write_lines("skipped.jsonl", skipped)
     if "val" not in records:
         rows, pixels["val"] = records["train"], pixels["train"]
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED)).tolist()
+        order = shuffled(len(rows)).tolist()
         count = max(1, len(rows) // 20)
         records["val"] = [rows[i] for i in sorted(order[:count])]
         records["train"] = [rows[i] for i in sorted(order[count:])]
@@ -630,8 +634,9 @@ def evaluate(state, dataset):
     confusion = torch.bincount(dataset.labels * num_classes + predicted, minlength=num_classes**2)
     confusion = confusion.view(num_classes, num_classes)
     caption_ids, loss = dataset.caption_ids.to(image_features.device), 0.0
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(SEED))
-    for rows in order.to(caption_ids.device).split(state.batch_size):  # shuffled, unlike the file
+    for rows in (
+        shuffled(len(dataset)).to(caption_ids.device).split(state.batch_size)
+    ):  # shuffled, unlike the file
         ids, scale = caption_ids[rows], state.model.logit_scale
         batch_loss = clip_loss(image_features[rows], text_features[ids], scale, ids)
         loss += batch_loss.item() * len(rows) / len(dataset)
@@ -765,8 +770,7 @@ def log(state, split, epoch, metrics):
     """Add a line to metrics.jsonl and to what is printed."""
     state.history.append({"epoch": epoch, "split": split} | metrics)
     if RANK == 0:
-        with atomic_write(f"{OUTPUT_PATH}/metrics.jsonl") as file:
-            file.writelines(json.dumps(line).encode() + b"\n" for line in state.history)
+        write_lines("metrics.jsonl", state.history)
     recalls = (" ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10)) for way in DIRECTIONS)
     scores = f"{metrics['loss']:7.3f} {metrics['accuracy']:8.3f} {metrics['macro_f1']:8.3f}"
     recalls, speed = "     ".join(recalls), metrics["pairs_per_second"]
@@ -929,6 +933,12 @@ def atomic_write(path, temporary=None, unless=lambda: False):
             os.remove(temporary)
 
 
+def write_lines(name, rows):
+    """A JSON object a line, into that file of OUTPUT_PATH."""
+    with atomic_write(f"{OUTPUT_PATH}/{name}") as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+
 def check_constants():
     """Take the sample's where there is no dataset. Stop at a constant that cannot work."""
     for name in ("CLASS_NAMES", "SAMPLE_RUN"):
@@ -1034,7 +1044,7 @@ def picture_strip(dataset, rows, query):
 
 def draw_retrieval(dataset, features):
     """retrieval.png: the pictures found for eight captions at most, before training and after."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(SEED)).tolist()
+    order = shuffled(len(dataset)).tolist()
     titled_last = sorted(order, key=lambda row: dataset.records[row].titled)
     queries = list({int(dataset.caption_ids[row]): row for row in titled_last}.values())[-8:]
     columns = min(2, len(queries))

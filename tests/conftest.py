@@ -189,9 +189,3 @@ def weights(path):
 def same_weights(one, other):
     one, other = weights(one), weights(other)
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def readme_code(heading):
-    """The first code block of the README below a heading."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.search(rf"^{heading}\n.*?```\w+\n(.*?)```", readme, flags=re.M | re.S)[1]

@@ -14,7 +14,7 @@ STUDIES, THREADS = Path(__file__).resolve().parent, torch.get_num_threads()
 sys.path.insert(0, str(STUDIES.parent))
 import conftest  # noqa: E402
 
-torch.set_num_threads(THREADS)  # the tests take two
+torch.set_num_threads(THREADS)  # the tests take one
 ic, ROOT = conftest.ic, conftest.ROOT
 QUICK = bool(os.environ.get("STUDY_QUICK"))  # all of it in small, the numbers into a temporary file
 
