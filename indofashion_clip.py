@@ -21,7 +21,6 @@ import hashlib
 import html
 import json
 import math
-import mmap
 import os
 import shutil
 import signal
@@ -118,8 +117,7 @@ class Record(NamedTuple):
 def class_prompts(class_label):
     """saree → ["a photo of a saree", …], one for each of PROMPTS."""
     name = CLASS_NAMES.get(class_label, class_label.replace("_", " "))
-    prompts = [PROMPTS] if isinstance(PROMPTS, str) else PROMPTS
-    return [prompt.replace("{}", name) for prompt in prompts]
+    return [prompt.replace("{}", name) for prompt in PROMPTS]
 
 
 def clean(text):
@@ -154,8 +152,6 @@ def load_image(path, resolution):
     if max(image.size) > 50 * min(image.size):  # would be resized to gigabytes
         raise ValueError(f"a strip of {image.width} × {image.height} pixels")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -201,11 +197,9 @@ def make_cache(cache_file, paths, resolution):
                 leftover.unlink()
     if size > (free := shutil.disk_usage(CACHE_PATH).free):
         sys.exit(f"CACHE_PATH: {CACHE_PATH} needs {size / 1e9:.1f} GB, has {free / 1e9:.1f} free")
-    own_name, bad = f"{cache_file}.{time.time_ns()}.tmp", []
-    with (
-        atomic_write(cache_file, own_name, unless=is_there) as file,
-        ThreadPoolExecutor() as threads,
-    ):
+    own_name = f"{cache_file}.{time.time_ns()}.tmp"
+    bad = []
+    with atomic_write(cache_file, own_name, is_there) as file, ThreadPoolExecutor() as threads:
         parts = (paths[start : start + 256] for start in range(0, len(paths), 256))
         work = functools.partial(decode, resolution=resolution)
         pictures = (picture for part in parts for picture in threads.map(work, part))
@@ -217,11 +211,11 @@ def make_cache(cache_file, paths, resolution):
 
 def open_cache(cache_file, shape):
     """→ (pixels uint8 `shape`, memory-mapped: the system keeps what it can; {row: why bad})."""
-    with open(cache_file, "rb") as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        mapped = mmap.mmap(file.fileno(), math.prod(shape), access=mmap.ACCESS_READ)
-        file.seek(len(mapped) + 64)
-        return torch.frombuffer(mapped, dtype=torch.uint8).view(shape), dict(json.load(file))
+    size = math.prod(shape)
+    pixels = torch.from_file(cache_file, shared=True, size=size, dtype=torch.uint8)
+    with open(cache_file, "rb") as file:
+        file.seek(size + 64)
+        return pixels.view(shape), dict(json.load(file))
 
 
 class FashionDataset(Dataset):
@@ -233,7 +227,10 @@ class FashionDataset(Dataset):
 
     def __init__(self, records, pixels, class_labels):
         self.records, self.pixels, self.class_labels = records, pixels, class_labels
-        captions = [record.caption for record in records]
+        _, cache_rows, _, captions, labels, titled = zip(*records, strict=True)
+        self.cache_rows, self.titled = torch.tensor(cache_rows), torch.tensor(titled)
+        places = {label: i for i, label in enumerate(class_labels)}
+        self.labels = torch.tensor([places[label] for label in labels])
         prompts = [prompt for label in class_labels for prompt in class_prompts(label)]
         texts = {text.lower(): text for text in captions + prompts}  # CLIP reads no capitals
         self.tokens = clip.tokenize(list(texts.values()), truncate=True).int()
@@ -242,10 +239,6 @@ class FashionDataset(Dataset):
         self.num_captions = int(self.caption_ids.max()) + 1
         prompt_ids = [ids[prompt.lower()] for prompt in prompts]
         self.prompt_ids = torch.tensor(prompt_ids).view(len(class_labels), -1)
-        places = {label: i for i, label in enumerate(class_labels)}
-        self.labels = torch.tensor([places[record.class_label] for record in records])
-        self.titled = torch.tensor([record.titled for record in records])
-        self.cache_rows = torch.tensor([record.cache_row for record in records])
 
     def __len__(self):
         return len(self.records)
@@ -270,10 +263,8 @@ def read_split(split, json_path, resolution):
     skipped = sorted(skipped + [(records[row].line, why) for row, why in bad.items()])
     usable = [record for record in records if record.cache_row not in bad]
     if len(skipped) > len(usable):
-        line, why = skipped[0]
-        sys.exit(
-            f"{json_path}: most rows are bad. Line {line}: {why}. Check IMAGE_PATH and this file"
-        )
+        first = "line {}: {}".format(*skipped[0])
+        sys.exit(f"{json_path}: most rows are bad; {first}. Check IMAGE_PATH and this file")
     return usable, pixels, [{"split": split, "line": line, "reason": why} for line, why in skipped]
 
 
@@ -297,11 +288,10 @@ def load_splits(resolution):
         write_lines("skipped.jsonl", skipped)
     if "val" not in records:
         rows, pixels["val"] = records["train"], pixels["train"]
-        order = shuffled(len(rows)).tolist()
-        count = max(1, len(rows) // 20)
-        records["val"] = [rows[i] for i in sorted(order[:count])]
-        records["train"] = [rows[i] for i in sorted(order[count:])]
-        say(f"val   {count:7,} rows of train are held out for it: there is no such file")
+        held_out = set(shuffled(len(rows))[: max(1, len(rows) // 20)].tolist())
+        records["val"] = [row for i, row in enumerate(rows) if i in held_out]
+        records["train"] = [row for i, row in enumerate(rows) if i not in held_out]
+        say(f"val   {len(held_out):7,} rows of train are held out for it: there is no such file")
         if not records["train"]:
             sys.exit(f"{JSON_PATH}: one usable row; two are needed, one to learn and one for val")
     labels = sorted({record.class_label for rows in records.values() for record in rows})
@@ -313,23 +303,23 @@ class Batch(NamedTuple):
     draws: torch.Tensor  # float32 [b, 4], uniform in 0..1, for augment()
     tokens: torch.Tensor  # int32 [captions, 77], the share's distinct ones
     inverse: torch.Tensor  # int64 [b], each picture's row of tokens
-    caption_ids: torch.Tensor  # int64 [B], of the whole batch
 
 
 def epoch_batches(dataset, epoch, batch_size, first_step=0):
     """Yield an epoch's Batches from a step on. All that is random follows from SEED and epoch."""
-    generator, size = torch.Generator().manual_seed(SEED * 1_000_003 + epoch), len(dataset)
+    size = len(dataset)
+    generator = torch.Generator().manual_seed(SEED * 1_000_003 + epoch)
     order = torch.randperm(size, generator=generator)
-    draws, coin = torch.rand(size, 5, generator=generator).split([4, 1], 1)
+    draws = torch.rand(size, 5, generator=generator)
     prompt = torch.randint(dataset.prompt_ids.shape[1], (size,), generator=generator)
-    prompted = (coin.squeeze(1) < CLASS_PROMPT_SHARE) | ~dataset.titled
+    prompted = (draws[:, 4] < CLASS_PROMPT_SHARE) | ~dataset.titled
     prompts = dataset.prompt_ids[dataset.labels, prompt]
     caption_ids = torch.where(prompted, prompts, dataset.caption_ids)
 
     def load(rows):
         own = rows.chunk(WORLD_SIZE)[RANK]
         ids, inverse = caption_ids[own].unique(return_inverse=True)
-        return Batch(dataset[own][0], draws[own], dataset.tokens[ids], inverse, caption_ids[rows])
+        return Batch(dataset[own][0], draws[own, :4], dataset.tokens[ids], inverse)
 
     full = order.split(batch_size)[: size // batch_size]  # the other rows wait for the next shuffle
     return load_ahead(load, full[first_step:])
@@ -423,8 +413,9 @@ def attention(queries_keys_values, num_sequences, causal):
 
 def image_tower(visual, images):
     """As visual(images): float32 [B, 3, R, R] → [B, D], the patches embedded by one product."""
-    batch, grid = len(images), images.shape[-1] // (patch := visual.conv1.kernel_size[0])
-    patches = images.view(batch, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+    batch, side = len(images), visual.conv1.kernel_size[0]  # of a patch
+    grid = images.shape[-1] // side
+    patches = images.view(batch, 3, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5)
     tokens = F.linear(patches.reshape(batch, grid**2, -1), visual.conv1.weight.flatten(1))
     start = visual.class_embedding.expand(batch, 1, -1)
     tokens = visual.ln_pre(torch.cat([start, tokens], 1) + visual.positional_embedding)
@@ -474,7 +465,8 @@ def encode_images(model, precision, pixels, draws=None):
     images = pixels.to(model.mean.device, non_blocking=True).float().div(255)
     if draws is not None:
         images = augment(images, draws.to(images.device, non_blocking=True))
-    images, is_vit = (images - model.mean) / model.std, hasattr(model.visual, "transformer")
+    images = (images - model.mean) / model.std
+    is_vit = hasattr(model.visual, "transformer")
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
         image_features = image_tower(model.visual, images) if is_vit else model.visual(images)
     return F.normalize(image_features.float(), dim=-1)
@@ -488,15 +480,15 @@ def encode_texts(model, precision, tokens):
 
 
 # ---- Loss and step -------------------------------------------------------------------------------
-def clip_loss(image_features, text_features, logit_scale, caption_ids):
+def clip_loss(image_features, text_features, logit_scale):
     """Symmetric contrastive loss of B pairs, a scalar (the CLIP paper, arXiv 2103.00020, figure 3).
 
     image_features, text_features: float32 [B, D] of length 1; logit_scale: the log of the inverse
-    temperature; caption_ids: [B]. Pairs of one caption are positives of each other, equally.
+    temperature. Pairs of one caption are no negatives of each other: as their text features are
+    equal, loss and gradients are those of a target shared among them equally.
     """
-    logits_per_image = logit_scale.exp() * image_features @ text_features.T
-    same_caption = (caption_ids[:, None] == caption_ids).float()
-    targets = same_caption / same_caption.sum(1, keepdim=True)
+    logits_per_image = logit_scale.exp() * image_features @ text_features.T  # [B, B]
+    targets = torch.arange(len(logits_per_image), device=logits_per_image.device)
     loss_per_image = F.cross_entropy(logits_per_image, targets)
     return (loss_per_image + F.cross_entropy(logits_per_image.T, targets)) / 2
 
@@ -524,9 +516,7 @@ def retry_on_oom(work, state, *arguments):
         torch.cuda.empty_cache()  # not inside except, where the error still holds the tensors
         if state.chunk == 1:
             torch.ones((), requires_grad=True).backward()  # or torch crashes as Python ends
-            sys.exit(
-                "out of memory even one pair at a time: set a smaller MODEL and another OUTPUT_PATH"
-            )
+            sys.exit("out of memory even one pair at a time: set a smaller MODEL, new OUTPUT_PATH")
         state.chunk = -(-state.chunk // 2)
         tqdm.write(f"Out of memory: the same again, {state.chunk} pairs at a time.")
 
@@ -547,8 +537,7 @@ def forward_backward(state, batch, gathered):
         gathered.append(all_gather(own.detach()))  # [B, 2, D], the other processes' as constants
     start = RANK * len(own)
     features = gathered[0].slice_scatter(own, 0, start, start + len(own))
-    caption_ids = batch.caption_ids.to(device, non_blocking=True)
-    loss = clip_loss(*features.unbind(1), state.model.logit_scale, caption_ids)
+    loss = clip_loss(*features.unbind(1), state.model.logit_scale)
     state.scaler.scale(loss).backward()
     return loss.detach()
 
@@ -598,14 +587,12 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 
 def retrieval_recall(image_features, text_features, caption_ids):
     """{"image_to_text_r1": the share of pictures whose caption is the first found, …}."""
-    captions = torch.arange(len(text_features), device=caption_ids.device)[:, None]
-    texts = top_k(image_features, text_features, 10)
-    images = top_k(text_features, image_features, 10)
-    hits = zip(
-        DIRECTIONS, (texts == caption_ids[:, None], caption_ids[images] == captions), strict=True
-    )
-    ways = [(way, right, k) for way, right in hits for k in (1, 5, 10)]
-    return {f"{way}_r{k}": right[:, :k].any(1).double().mean().item() for way, right, k in ways}
+    captions = torch.arange(len(text_features), device=caption_ids.device)
+    texts_found = top_k(image_features, text_features, 10)  # [N, 10]
+    images_found = top_k(text_features, image_features, 10)  # [C, 10]
+    right = (texts_found == caption_ids[:, None], caption_ids[images_found] == captions[:, None])
+    ways = [(*way, k) for way in zip(DIRECTIONS, right, strict=True) for k in (1, 5, 10)]
+    return {f"{way}_r{k}": hits[:, :k].any(1).double().mean().item() for way, hits, k in ways}
 
 
 def encode_all(state, encode, batches):
@@ -624,28 +611,28 @@ def evaluate(state, dataset):
     Returns (metrics, confusion int64 [K, K] by true and predicted class, image_features [N, D],
     text_features [C, D]).
     """
-    start, num_classes = time.perf_counter(), len(dataset.class_labels)
+    start = time.monotonic()
     pictures = load_ahead(lambda rows: dataset[rows][0], torch.arange(len(dataset)).split(256))
     image_features = encode_all(state, encode_images, pictures)
     text_features = encode_all(state, encode_texts, dataset.tokens.split(256))
     class_features = F.normalize(text_features[dataset.prompt_ids].mean(1), dim=-1)  # [K, D]
     text_features = text_features[: dataset.num_captions]
     predicted = top_k(image_features, class_features, 1).squeeze(1).cpu()
-    confusion = torch.bincount(dataset.labels * num_classes + predicted, minlength=num_classes**2)
-    confusion = confusion.view(num_classes, num_classes)
-    caption_ids, loss = dataset.caption_ids.to(image_features.device), 0.0
-    for rows in (
-        shuffled(len(dataset)).to(caption_ids.device).split(state.batch_size)
-    ):  # shuffled, unlike the file
-        ids, scale = caption_ids[rows], state.model.logit_scale
-        batch_loss = clip_loss(image_features[rows], text_features[ids], scale, ids)
-        loss += batch_loss.item() * len(rows) / len(dataset)
+    classes = len(dataset.class_labels)
+    confusion = torch.bincount(dataset.labels * classes + predicted, minlength=classes**2)
+    confusion = confusion.view(classes, classes)
+    caption_ids = dataset.caption_ids.to(image_features.device)
+    loss = 0.0
+    order = shuffled(len(dataset)).to(caption_ids.device)  # the file may be sorted by class
+    for rows in order.split(state.batch_size):
+        pairs = image_features[rows], text_features[caption_ids[rows]]
+        loss += clip_loss(*pairs, state.model.logit_scale).item() * len(rows) / len(dataset)
     right, counts = confusion.diag(), confusion.sum(0) + confusion.sum(1)
     f1 = (2 * right / counts)[confusion.sum(1) > 0]  # of the classes that are there
-    metrics = {"loss": loss, "accuracy": right.sum().item() / len(dataset)}
-    metrics["macro_f1"] = f1.mean().item()
+    accuracy = right.sum().item() / len(dataset)
+    metrics = {"loss": loss, "accuracy": accuracy, "macro_f1": f1.mean().item()}
     metrics |= retrieval_recall(image_features, text_features, caption_ids)
-    seconds = time.perf_counter() - start
+    seconds = time.monotonic() - start
     metrics |= {"seconds": seconds, "pairs_per_second": len(dataset) / seconds}
     return metrics, confusion, image_features, text_features
 
@@ -667,12 +654,13 @@ class State:
     scaler: torch.amp.GradScaler  # scales in float16 only
     precision: torch.dtype
     batch_size: int  # pairs a step, of all processes
+    steps: int  # an epoch
     chunk: int  # pairs that this process encodes at a time
     made_from: dict  # what has to be the same to go on: constants and rows
     signals: list = field(default_factory=list)  # received since training began
     history: list = field(default_factory=list)  # the lines of metrics.jsonl
     epoch: int = 0  # 0 is the evaluation before training
-    step: int = 0  # steps done in the epoch
+    step: int = 0  # of the epoch, done
     loss_sum: float | torch.Tensor = 0.0  # of these; a tensor until it is waited for
     finished: bool = False
 
@@ -684,18 +672,21 @@ PROGRESS = ("history", "epoch", "step", "loss_sum", "finished")
 
 def new_state(model, splits):
     """The run as it starts, on the model's device."""
-    device, pairs = model.mean.device, min(BATCH_SIZE, len(splits["train"]))
-    if (batch_size := pairs // WORLD_SIZE * WORLD_SIZE) == 0:
+    pairs = min(BATCH_SIZE, len(splits["train"]))
+    share = pairs // WORLD_SIZE
+    if share == 0:
         sys.exit(f"{WORLD_SIZE} processes cannot share a batch of {pairs}: start fewer")
+    batch_size = share * WORLD_SIZE
     made_from = {name: globals()[name] for name in HYPERPARAMETERS.split()}
     made_from["BATCH_SIZE"] = batch_size  # in use
     for split, dataset in splits.items():
         rows = repr(dataset.records).encode("utf-8", "replace")
         made_from[f"the rows of {split}"] = hashlib.sha256(rows).hexdigest()[:12]
-    precision, share = choose_precision(device), batch_size // WORLD_SIZE
-    chunk = min(CHUNK_SIZE or share, share)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    return State(model, make_optimizer(model), scaler, precision, batch_size, chunk, made_from)
+    precision = choose_precision(model.mean.device)
+    scaler = torch.amp.GradScaler(model.mean.device.type, enabled=precision == torch.float16)
+    steps, chunk = len(splits["train"]) // batch_size, min(CHUNK_SIZE or share, share)
+    parts = (model, make_optimizer(model), scaler, precision)
+    return State(*parts, batch_size, steps, chunk, made_from)
 
 
 def check_finite(state):
@@ -746,10 +737,11 @@ def resume(state):
 
 def train_epoch(state, dataset, bar):
     """Train from step state.step to the epoch's end, saving every 10 minutes → metrics of it."""
-    first, start, saved = state.step, time.perf_counter(), time.monotonic()
-    steps = len(dataset) // state.batch_size
+    first, start = state.step, time.monotonic()
+    saved = start
     for batch in epoch_batches(dataset, state.epoch, state.batch_size, first):
-        rate = learning_rate((state.epoch - 1) * steps + state.step, NUM_EPOCHS * steps)
+        step = (state.epoch - 1) * state.steps + state.step
+        rate = learning_rate(step, NUM_EPOCHS * state.steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.loss_sum = state.loss_sum + train_step(state, batch)
@@ -761,8 +753,8 @@ def train_epoch(state, dataset, bar):
             save_run(state)
             saved = time.monotonic()
         stop_if_signalled(state)
-    loss, seconds = check_finite(state), time.perf_counter() - start
-    speed = (steps - first) * state.batch_size / seconds
+    loss, seconds = check_finite(state), time.monotonic() - start
+    speed = (state.steps - first) * state.batch_size / seconds
     return {"train_loss": loss, "seconds": seconds, "pairs_per_second": speed}
 
 
@@ -771,19 +763,18 @@ def log(state, split, epoch, metrics):
     state.history.append({"epoch": epoch, "split": split} | metrics)
     if RANK == 0:
         write_lines("metrics.jsonl", state.history)
-    recalls = (" ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10)) for way in DIRECTIONS)
     scores = f"{metrics['loss']:7.3f} {metrics['accuracy']:8.3f} {metrics['macro_f1']:8.3f}"
-    recalls, speed = "     ".join(recalls), metrics["pairs_per_second"]
-    say(f"{epoch:5} {split:5} {scores}     {recalls} {speed:9.1f}")
+    for way in DIRECTIONS:
+        scores += "     " + " ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10))
+    say(f"{epoch:5} {split:5} {scores} {metrics['pairs_per_second']:9.1f}")
 
 
 def train(state, splits):
     """Evaluate, then train and evaluate epoch by epoch, keeping the best weights and the last."""
     head = "epoch split    loss accuracy macro-F1"
     say(f"\n{head} image→text R@1, 5, 10 text→image R@1, 5, 10   pairs/s")
-    steps = len(splits["train"]) // state.batch_size
-    done = max(0, state.epoch - 1) * steps + state.step
-    with tqdm(desc="training", total=NUM_EPOCHS * steps, initial=done, **BAR) as bar:
+    done = max(0, state.epoch - 1) * state.steps + state.step
+    with tqdm(desc="training", total=NUM_EPOCHS * state.steps, initial=done, **BAR) as bar:
         while state.epoch <= NUM_EPOCHS:
             trained = train_epoch(state, splits["train"], bar) if state.epoch > 0 else {}
             metrics, *_ = evaluate(state, splits["val"])
@@ -939,44 +930,44 @@ def write_lines(name, rows):
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
+RULES = {  # constant: (what it must be, whether it is), the folders to make last
+    "IMAGE_PATH": ("a folder that is there", os.path.isdir),
+    "JSON_PATH": ("a file's path", lambda v: os.path.isfile(v.replace("{split}", "train"))),
+    "MODEL": ("text in quotes", lambda v: isinstance(v, str)),
+    "BATCH_SIZE": ("a whole number from 2 on", lambda v: type(v) is int and v >= 2),
+    "NUM_EPOCHS": ("a whole number from 0 on", lambda v: type(v) is int and v >= 0),
+    "LR": ("a number above 0", lambda v: 0 < v < math.inf),
+    "WEIGHT_DECAY": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "WARMUP": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "MAX_GRAD_NORM": ("a number above 0", lambda v: v > 0),
+    "CLASS_PROMPT_SHARE": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "MIN_CROP": ("a number above 0, at most 1", lambda v: 0 < v <= 1),
+    "SEED": ("a whole number from 0 to 2**31", lambda v: type(v) is int and 0 <= v <= 2**31),
+    "PROMPTS": ("texts with {} in each", lambda v: v and all(text.count("{}") for text in v)),
+    "CLASS_NAMES": ("a dictionary of texts", lambda v: all(text.strip() for text in v.values())),
+    "CHUNK_SIZE": ("None or a whole number", lambda v: v is None or type(v) is int and v >= 1),
+    "SAMPLE_RUN": ("a dictionary", lambda v: isinstance(v, dict)),
+    "OUTPUT_PATH": ("a folder, there or to make", lambda v: os.makedirs(v, exist_ok=True) is None),
+    "CACHE_PATH": ("a folder, there or to make", lambda v: os.makedirs(v, exist_ok=True) is None),
+}
+
+
 def check_constants():
     """Take the sample's where there is no dataset. Stop at a constant that cannot work."""
-    for name in ("CLASS_NAMES", "SAMPLE_RUN"):
-        if not isinstance(globals()[name], dict):
-            sys.exit(f"{name} is {globals()[name]!r}; it must be a dictionary")
+    constants = globals()
     if IMAGE_PATH == "data/indo-fashion" and not os.path.isdir(IMAGE_PATH):
         say("IndoFashion is not in data/indo-fashion. To get it, see data/README.md or")
         say("www.kaggle.com/datasets/validmodel/indo-fashion-dataset. Running the bundled sample.")
-        globals().update(SAMPLE_RUN)
-    limits = {"BATCH_SIZE": (2, 2**31), "NUM_EPOCHS": (0, 2**31), "SEED": (0, 2**31)}
-    limits |= {"LR": (1e-12, 1e12), "MAX_GRAD_NORM": (1e-12, math.inf), "WEIGHT_DECAY": (0.0, 1.0)}
-    limits |= {"WARMUP": (0.0, 1.0), "CLASS_PROMPT_SHARE": (0.0, 1.0), "MIN_CROP": (0.01, 1.0)}
-    limits |= {"CHUNK_SIZE": (1, 2**31)} if CHUNK_SIZE is not None else {}
-    for name, (least, most) in limits.items():
-        value, whole = globals()[name], isinstance(least, int)
-        if not isinstance(value, int if whole else int | float) or not least <= value <= most:
-            kind = "whole number" if whole else "number"
-            sys.exit(f"{name} is {value!r}; it must be a {kind} from {least} to {most}")
-    prompts = PROMPTS if isinstance(PROMPTS, list | tuple) else [PROMPTS]
-    texts = {"PROMPTS": prompts, "CLASS_NAMES": CLASS_NAMES.values(), "IMAGE_PATH": [IMAGE_PATH]}
-    texts |= {"JSON_PATH": [JSON_PATH], "MODEL": [MODEL]}
-    texts |= {"OUTPUT_PATH": [OUTPUT_PATH], "CACHE_PATH": [CACHE_PATH]}
-    for name, values in texts.items():
-        if not all(isinstance(text, str) and text for text in values):
-            sys.exit(f"{name} is {globals()[name]!r}; it must be text in quotes")
-    if not prompts or not all("{}" in prompt for prompt in prompts):
-        sys.exit(f"PROMPTS is {PROMPTS!r}; each must have {{}}, where the class goes")
-    for name in ("OUTPUT_PATH", "CACHE_PATH"):
+        constants.update(SAMPLE_RUN if isinstance(SAMPLE_RUN, dict) else {})
+    if isinstance(PROMPTS, str):  # a forgotten comma
+        constants["PROMPTS"] = (PROMPTS,)
+    for name, (wanted, is_right) in RULES.items():
         try:
-            os.makedirs(globals()[name], exist_ok=True)
-        except (OSError, ValueError) as error:
-            sys.exit(f"{name}: cannot make this folder ({error})")
-    if not os.path.isdir(IMAGE_PATH):
-        sys.exit(f"IMAGE_PATH: there is no folder {IMAGE_PATH}; set it to yours")
-    if not os.path.isfile(train_path := JSON_PATH.replace("{split}", "train")):
-        sys.exit(f"JSON_PATH: there is no file {train_path}; set it to where yours are")
-    if os.path.abspath(MODEL) == os.path.abspath(f"{OUTPUT_PATH}/best.pt"):
-        sys.exit(f"MODEL: this run would overwrite {MODEL}; set another OUTPUT_PATH")
+            right = is_right(constants[name])
+        except Exception:  # of another type
+            right = False
+        if not right:
+            sys.exit(f"{name} is {constants[name]!r}; it must be {wanted}")
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -1029,8 +1020,9 @@ def draw_confusion(class_labels, confusions):
 
 def picture_strip(dataset, rows, query):
     """The rows' pictures side by side, uint8 [H, W, 3], framed where they answer the query's."""
-    strip, side = [], dataset.pixels.shape[-1]
+    side = dataset.pixels.shape[-1]
     edge = max(2, side // 16)
+    strip = []
     for row in rows:
         color = (165, 220, 170) if dataset.labels[row] == dataset.labels[query] else (255,) * 3
         if dataset.caption_ids[row] == dataset.caption_ids[query]:
@@ -1072,9 +1064,7 @@ def main():
         signal.signal(number, leave)
     device = prepare_machine()
     check_constants()
-    turn = (
-        0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
-    )  # the first downloads, the others find it
+    turn = (RANK > 0) + (LOCAL_RANK > 0)  # the first downloads, then each machine's first
     model = in_turns(lambda: load_clip(MODEL), turn, 3).to(device)
     resolution = model.visual.input_resolution
     splits = in_turns(lambda: load_splits(resolution), LOCAL_RANK > 0, 2)
@@ -1085,11 +1075,9 @@ def main():
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: state.signals.append(number))
-    steps, dtype = len(splits["train"]) // state.batch_size, str(state.precision)[6:]
-    say(f"{MODEL} in {dtype} on {WORLD_SIZE} × {device.type}, {state.chunk} pairs at a time;")
-    say(
-        f"{NUM_EPOCHS} epochs of {steps} steps of {state.batch_size} pairs; output in {OUTPUT_PATH}"
-    )
+    where = f"{str(state.precision)[6:]} on {WORLD_SIZE} × {device.type}"
+    say(f"{MODEL} in {where}, {state.chunk} pairs at a time; output in {OUTPUT_PATH}")
+    say(f"{NUM_EPOCHS} epochs of {state.steps} steps of {state.batch_size} pairs")
     train(state, splits)
     finish(state, splits)
     if WORLD_SIZE > 1:

@@ -74,7 +74,7 @@ def make_state(model=None, chunk=99, **changes):
     """A State in float32, at a learning rate of 1e-3."""
     model = model or tiny_model()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = ic.State(model, ic.make_optimizer(model), scaler, torch.float32, 8, chunk, {})
+    state = ic.State(model, ic.make_optimizer(model), scaler, torch.float32, 8, 3, chunk, {})
     for group in state.optimizer.param_groups:
         group["lr"] = 1e-3
     for name, value in changes.items():

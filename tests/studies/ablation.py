@@ -22,12 +22,6 @@ from common import QUICK, ROOT, changed_script, conftest, ic, keep
 SEEDS = (0, 1) if QUICK else (0, 1, 2)
 COLUMNS = ("accuracy", "text → image R@5", "score", "from the first, in deviations")
 PHOTOS = ic.SAMPLE_RUN | {"BATCH_SIZE": 64, "NUM_EPOCHS": 15, "MIN_CROP": ic.MIN_CROP}
-ONE_POSITIVE = """
-loss_of_equal_captions = clip_loss
-def clip_loss(image_features, text_features, logit_scale, caption_ids):
-    ids = torch.arange(len(caption_ids), device=caption_ids.device)
-    return loss_of_equal_captions(image_features, text_features, logit_scale, ids)
-"""
 NO_FLIP = """
 flip_too = augment
 def augment(images, draws):
@@ -42,7 +36,6 @@ def learning_rate(step, total_steps):
 VARIANTS = {  # name: (constants, lines before the script's end)
     "as it is": ({}, ""),
     **{f"class prompts for {s:.0%}": ({"CLASS_PROMPT_SHARE": s}, "") for s in (0, 0.25, 0.5, 1)},
-    "equal captions are negatives": ({}, ONE_POSITIVE),
     "no flip": ({}, NO_FLIP),
     "no crop": ({"MIN_CROP": 1.0}, ""),
     "no crop, no flip": ({"MIN_CROP": 1.0}, NO_FLIP),

@@ -47,16 +47,22 @@ def text(value):
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def as_markdown(title, rows):
+    """{row: {column: value}} as a table."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [[title, *columns], ["---"] * (1 + len(columns))]
+    lines += [[row, *(text(rows[row].get(name, "")) for name in columns)] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
 def keep(file, part, tables):
-    """Print {title: {row: {column: value}}}, and make it that part of the JSON file."""
-    for title, rows in tables.items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        lines = [[title, *columns], ["---"] * (1 + len(columns))]
-        lines += [[row, *(text(rows[row].get(name, "")) for name in columns)] for row in rows]
-        print("", *("| " + " | ".join(line) + " |" for line in lines), sep="\n", flush=True)
+    """Make {title: {row: {column: value}}} that part of the JSON file, to four digits; print it."""
+    part_of_file = {"date": str(datetime.date.today()), "machine": machine(), "tables": tables}
+    exact = json.dumps(part_of_file)
+    short = json.loads(exact, parse_float=lambda number: float(f"{float(number):.4g}"))
     path = (Path(tempfile.gettempdir()) if QUICK else STUDIES) / file
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    known[part] = {"date": str(datetime.date.today()), "machine": machine()} | tables
-    exact = json.dumps(known)  # now with four digits
-    short = json.loads(exact, parse_float=lambda number: float(f"{float(number):.4g}"))
-    path.write_text(json.dumps(short, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    known[part] = short
+    path.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for title, rows in short["tables"].items():
+        print("", as_markdown(title, rows), sep="\n", flush=True)
