@@ -21,6 +21,7 @@ import hashlib
 import html
 import json
 import math
+import mmap
 import os
 import shutil
 import signal
@@ -211,11 +212,11 @@ def make_cache(cache_file, paths, resolution):
 
 def open_cache(cache_file, shape):
     """→ (pixels uint8 `shape`, memory-mapped: the system keeps what it can; {row: why bad})."""
-    size = math.prod(shape)
-    pixels = torch.from_file(cache_file, shared=True, size=size, dtype=torch.uint8)
-    with open(cache_file, "rb") as file:
-        file.seek(size + 64)
-        return pixels.view(shape), dict(json.load(file))
+    with open(cache_file, "rb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        mapped = mmap.mmap(file.fileno(), math.prod(shape), access=mmap.ACCESS_READ)
+        file.seek(len(mapped) + 64)
+        return torch.frombuffer(mapped, dtype=torch.uint8).view(shape), dict(json.load(file))
 
 
 class FashionDataset(Dataset):
@@ -484,8 +485,8 @@ def clip_loss(image_features, text_features, logit_scale):
     """Symmetric contrastive loss of B pairs, a scalar (the CLIP paper, arXiv 2103.00020, figure 3).
 
     image_features, text_features: float32 [B, D] of length 1; logit_scale: the log of the inverse
-    temperature. Pairs of one caption are no negatives of each other: as their text features are
-    equal, loss and gradients are those of a target shared among them equally.
+    temperature. Pairs of one caption need no soft target: as their text features are equal, loss
+    and gradients are those of a target shared among them equally.
     """
     logits_per_image = logit_scale.exp() * image_features @ text_features.T  # [B, B]
     targets = torch.arange(len(logits_per_image), device=logits_per_image.device)
