@@ -214,16 +214,10 @@ def test_the_cache_is_made_again_when_and_only_when_something_changed(paths, mon
 PIXELS = 24 * 3 * 64**2  # bytes; 64 that tell what they are of follow, and "[]"
 
 
-@pytest.mark.parametrize("kept", [0, 1000, PIXELS, PIXELS + 63, PIXELS + 65])
-def test_a_cut_off_file_is_made_again(paths, kept):
-    cached(paths)
-    os.truncate(FILE, kept)
-    assert is_right(paths)
-
-
-def test_a_larger_file_of_other_pictures_is_made_again_without_reading_it_whole(paths):
-    cached(paths[::-1])
-    os.truncate(FILE, 2**32)  # sparse: it takes no disk
+@pytest.mark.parametrize("size", [0, 1000, PIXELS, PIXELS + 63, PIXELS + 65, 2**32])
+def test_a_file_cut_off_or_larger_is_made_again_without_reading_it_whole(paths, size):
+    cached(paths[::-1] if size > PIXELS + 65 else paths)
+    os.truncate(FILE, size)  # larger: sparse, it takes no disk
     tracemalloc.start()
     assert is_right(paths) and tracemalloc.get_traced_memory()[1] < 2**26
     tracemalloc.stop()
@@ -249,21 +243,16 @@ def test_of_two_that_write_at_once_the_first_to_finish_is_kept(paths, monkeypatc
     assert is_right(paths)
 
 
-def test_a_cache_that_is_interrupted_or_lacks_disk_leaves_nothing(paths, monkeypatch):
+def test_nothing_is_left_by_a_signal_a_lack_of_disk_or_after_an_hour_a_kill(paths, monkeypatch):
+    for age in (3500, 3700):
+        open(f"cache/{age}.tmp", "x").close()
+        os.utime(f"cache/{age}.tmp", (time.time() - age,) * 2)
     at_the_last(lambda: sys.exit(143), paths, monkeypatch)  # as at a signal
     for words in ("143", "CACHE_PATH"):
         with pytest.raises(SystemExit, match=words):
             cached(paths)
-        assert os.listdir("cache") == []
+        assert os.listdir("cache") == ["3500.tmp"]
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Mock(free=10))
-
-
-def test_what_killed_runs_left_is_removed_after_an_hour(paths):
-    for age in (3500, 3700):
-        open(f"cache/{age}.tmp", "x").close()
-        os.utime(f"cache/{age}.tmp", (time.time() - age,) * 2)
-    cached(paths)
-    assert sorted(os.listdir("cache")) == ["3500.tmp", "train.u8"]
 
 
 # ---- Splits ----
@@ -298,52 +287,28 @@ def test_too_few_usable_rows_end_with_one_line(place, count, good, words):
 
 
 # ---- Batches ----
-def batches(data, epoch=1, size=5, first_step=0):
-    return list(ic.epoch_batches(data, epoch, size, first_step))
-
-
 def rows_of(batch):
     return batch.pixels[:, 0, 0, 0].tolist()
 
 
-def test_batches_are_full_of_distinct_rows_and_follow_from_seed_epoch_and_step(monkeypatch):
+def test_batches_are_full_of_distinct_rows_and_follow_from_seed_and_epoch(monkeypatch):
     data = numbered([f"saree {i}" for i in range(23)])
-    whole = batches(data)
-    assert [len(set(rows_of(batch))) for batch in whole] == [5] * 4
-    assert len(set(sum(map(rows_of, whole), []))) == 20
-    epochs = [batches(data, epoch) for epoch in range(9)]
+    epochs = [list(ic.epoch_batches(data, epoch, 5)) for epoch in range(9)]
+    for batches in epochs:
+        assert [len(batch.pixels) for batch in batches] == [5] * 4
+        assert len(set(sum(map(rows_of, batches), []))) == 20
     assert len(set(sum(map(rows_of, sum(epochs, [])), []))) == 23  # who waited had a turn
-    for step in range(5):
-        for again, batch in zip(batches(data, first_step=step), whole[step:], strict=True):
-            assert all(torch.equal(*tensors) for tensors in zip(again, batch, strict=True))
     monkeypatch.setattr(ic, "SEED", 1)
-    for other in (epochs[2], batches(data)):
-        assert rows_of(other[0]) != rows_of(whole[0])
-        assert not torch.equal(other[0].draws, whole[0].draws)
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_shares_of_several_processes_are_equal_and_together_the_batch(monkeypatch, processes):
-    data, shares = numbered([f"saree {i // 2}" for i in range(30)]), []
-    whole = batches(data, size=8)
-    monkeypatch.setattr(ic, "WORLD_SIZE", processes)
-    for rank in range(processes):
-        monkeypatch.setattr(ic, "RANK", rank)
-        shares.append(batches(data, size=8))
-    for batch, *parts in zip(whole, *shares, strict=True):
-        assert {len(part.pixels) for part in parts} == {8 // processes}
-        assert sum(map(rows_of, parts), []) == rows_of(batch)
-        assert torch.equal(torch.cat([part.draws for part in parts]), batch.draws)
-        assert all(torch.equal(part.caption_ids, batch.caption_ids) for part in parts)
-        tokens = torch.cat([part.tokens[part.inverse] for part in parts])
-        assert torch.equal(tokens, data.tokens[batch.caption_ids])
+    for other in (epochs[2][0], next(ic.epoch_batches(data, 1, 5))):
+        assert rows_of(other) != rows_of(epochs[1][0])
+        assert not torch.equal(other.draws, epochs[1][0].draws)
 
 
 @pytest.mark.parametrize("share", [0, 0.25, 1])
 def test_a_share_of_the_titles_and_all_that_is_untitled_becomes_a_class_prompt(monkeypatch, share):
     monkeypatch.setattr(ic, "CLASS_PROMPT_SHARE", share)
     data = numbered([f"saree {i}" for i in range(240)], titled=lambda i: i % 3 > 0)
-    [batch] = batches(data, size=240)
+    [batch] = ic.epoch_batches(data, 1, 240)
     rows, texts = torch.tensor(rows_of(batch)), batch.tokens[batch.inverse]
     own = (texts == data[rows][1]).all(1)
     prompts = (data.tokens[data.prompt_ids[data.labels[rows]]] == texts[:, None]).all(2)
