@@ -113,8 +113,6 @@ DEEP = Image.frombytes("I;16", GREY.size, bytes(byte for byte in GREY.tobytes() 
     [
         ("cmyk.jpeg", WIDE.convert("CMYK"), {"quality": 100, "subsampling": 0}, WIDE, 8),
         ("palette.png", WIDE.quantize(256), {}, WIDE.quantize(256), 0),
-        ("palette.gif", WIDE.quantize(64), {}, WIDE.quantize(64), 0),
-        ("grey.jpeg", GREY, {"quality": 100}, GREY, 1),
         ("deep.png", DEEP, {}, GREY, 1),
         ("fading.png", FADING, {}, ON_WHITE, 0),
         ("turned.jpeg", WIDE, {"exif": TURNED}, WIDE.transpose(Image.Transpose.ROTATE_270), 3),
@@ -159,14 +157,13 @@ def test_bad_pictures_are_left_out_and_listed_and_odd_paths_work(place, monkeypa
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
 def test_damaged_pictures_are_decoded_or_the_reason_is_told(tmp_path, kind):
-    rng, path, reasons = random.Random(kind), tmp_path / "damaged", set()
-    photo((40, 48)).save(path, kind)
-    whole = path.read_bytes()
-    for _ in range(200):
-        damaged = bytearray(whole)
-        for _ in range(rng.choice([1, 1, 2, 5, 20])):
+    photo((40, 48)).save(path := tmp_path / "damaged", kind)
+    rng, whole, reasons = random.Random(kind), path.read_bytes(), set()
+    for i in range(200):
+        damaged = bytearray(whole[: rng.randrange(len(whole)) if i % 3 == 0 else None])
+        for _ in range(i % 20 if damaged else 0):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
-        path.write_bytes(damaged[: rng.choice([None, None, rng.randrange(len(damaged))])])
+        path.write_bytes(damaged)
         pixels, reason = ic.decode(str(path), 32)
         assert pixels.shape == (3, 32, 32) and (reason is None or str(path) in reason)
         reasons.add(reason)
