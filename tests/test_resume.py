@@ -142,12 +142,8 @@ def test_a_finished_run_is_left_alone_and_another_refused_by_name(tmp_path, unto
     for split, first in {"train": 1, "val": 0, "test": 0}.items():
         rows = read_lines(untouched[0] / f"data/{split}_data.json")
         write_lines(tmp_path / f"{split}.json", rows[first:])
-    changes = {
-        "LR": 2e-3,
-        "SEED": 4,
-        "BATCH_SIZE": 1000,
-        "JSON_PATH": str(tmp_path / "{split}.json"),
-    }
+    paths = {"JSON_PATH": str(tmp_path / "{split}.json")}
+    changes = paths | {"LR": 2e-3, "SEED": 4, "BATCH_SIZE": 1000}
     output = run_script(tmp_path, code=1, **constants | changes)
     for words in ("LR was 0.001, is 0.002", "SEED was 0, is 4", "BATCH_SIZE was 8, is 43"):
         assert words in output  # 43: the rows that there are
