@@ -1,6 +1,5 @@
 """What the tests share: small datasets, a run's state, and the script run as a user runs it."""
 
-import contextlib
 import io
 import json
 import os
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -72,13 +72,11 @@ def grown(model):
 
 def make_state(model=None, chunk=99, **changes):
     """A State in float32, at a learning rate of 1e-3."""
-    model = model or tiny_model()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model, scaler = model or tiny_model(), torch.amp.GradScaler("cpu", enabled=False)
     state = ic.State(model, ic.make_optimizer(model), scaler, torch.float32, 8, 3, chunk, {})
     for group in state.optimizer.param_groups:
         group["lr"] = 1e-3
-    for name, value in changes.items():
-        setattr(state, name, value)
+    vars(state).update(changes)
     return state
 
 
@@ -104,8 +102,7 @@ def gradients(model):
 def quick(data, **constants):
     """Constants for a run of seconds on a dataset made by make_dataset."""
     paths = {"IMAGE_PATH": str(data), "JSON_PATH": str(data / "{split}_data.json")}
-    how = {"MODEL": "tiny", "BATCH_SIZE": 8, "NUM_EPOCHS": 2, "LR": 1e-3}
-    return paths | how | constants
+    return paths | {"MODEL": "tiny", "BATCH_SIZE": 8, "NUM_EPOCHS": 2, "LR": 1e-3} | constants
 
 
 def edited_script(folder, **constants):
@@ -116,9 +113,8 @@ def edited_script(folder, **constants):
         line = f"{name} = {value!r}"
         source, count = re.subn(rf"^{name} = .*$", lambda _, line=line: line, source, flags=re.M)
         assert count == 1, f"{name} is not one line of the script"
-    path = folder / "indofashion_clip.py"
-    path.write_text(source, encoding="utf-8")
-    return path
+    (script := folder / "indofashion_clip.py").write_text(source, encoding="utf-8")
+    return script
 
 
 def launch(script, *arguments, processes=1, code=0, torchrun=(), **variables):
@@ -127,31 +123,27 @@ def launch(script, *arguments, processes=1, code=0, torchrun=(), **variables):
     if processes > 1 or torchrun:
         nodes = torchrun or ("--standalone",)
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *nodes]
-    done = subprocess.run(
-        [*command, str(script), *map(str, arguments)],
-        cwd=script.parent,
-        env={"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(script.parent)} | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        timeout=300,
+    command += [str(script), *map(str, arguments)]
+    variables = (
+        {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(script.parent)} | variables
     )
-    assert code is None or done.returncode == code, f"exit {done.returncode}\n{done.stdout}"
+    how = {"cwd": script.parent, "env": variables, "encoding": "utf-8", "errors": "replace"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, timeout=300, **how, **pipes)
+    assert code in (None, done.returncode), f"exit {done.returncode}\n{done.stdout}"
     return done.stdout
 
 
 def run_driver(folder, lines, constants, **how):
     """The output of lines of Python that meet the edited script as the module ic."""
     edited_script(folder, **constants)
-    driver = folder / "driver.py"
-    driver.write_text("import indofashion_clip as ic\n" + textwrap.dedent(lines), encoding="utf-8")
+    lines = "import indofashion_clip as ic\n" + textwrap.dedent(lines)
+    (driver := folder / "driver.py").write_text(lines, encoding="utf-8")
     return launch(driver, **how)
 
 
 def run_script(folder, *, code=0, inside=True, **constants):
-    """The output of the edited script run in `folder`; inside this process, which saves importing
-    torch again, or in its own."""
+    """The output of the edited script run in `folder`, inside this process or in its own."""
     script = edited_script(folder, **constants)
     if not inside:
         return launch(script, code=code)
@@ -159,11 +151,7 @@ def run_script(folder, *, code=0, inside=True, **constants):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         os.chdir(folder)
-        with (
-            contextlib.redirect_stdout(output),
-            contextlib.redirect_stderr(output),
-            warnings.catch_warnings(),
-        ):
+        with redirect_stdout(output), redirect_stderr(output), warnings.catch_warnings():
             runpy.run_path(str(script), run_name="__main__")
     except SystemExit as stop:  # as the interpreter does: a message is printed, and the code is 1
         exit_code = stop.code if isinstance(stop.code, int) else 1
