@@ -114,24 +114,7 @@ def test_weights_that_cannot_be_had_are_one_clear_line(tmp_path, monkeypatch, na
     assert "\n" not in str(stop.value)
 
 
-@pytest.mark.parametrize("signal", [SystemExit(143), KeyboardInterrupt()])
-def test_a_signal_while_loading_is_not_swallowed(monkeypatch, signal):
-    monkeypatch.setattr(clip, "load", Mock(side_effect=signal))
-    with pytest.raises(type(signal)) as stop:
-        ic.load_clip("ViT-B/32")
-    assert stop.value is signal
-
-
 # ---- Precision ----
-@pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float16)])
-def test_precision_on_a_gpu_never_trusts_emulation(monkeypatch, native, expected):
-    def supported(including_emulation=True):
-        return including_emulation or native
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert ic.choose_precision(torch.device("cuda")) == expected
-
-
 @pytest.mark.parametrize("amx, avx", [(True, False), (False, True), (False, False)])
 def test_precision_on_a_cpu_follows_its_instructions(monkeypatch, amx, avx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)

@@ -74,14 +74,11 @@ def test_a_picture_is_cropped_and_flipped_by_its_draws(monkeypatch):
 # ---- The step against the textbook's ----
 def textbook_step(batch):
     """One graph, one backward(): (the loss, the gradients)."""
-    model, ids = tiny_model(), batch.caption_ids
+    model = tiny_model()
     images = ic.augment(batch.pixels.float().div(255), batch.draws)
     image_features = F.normalize(model.encode_image((images - model.mean) / model.std), dim=-1)
     text_features = F.normalize(model.encode_text(batch.tokens[batch.inverse]), dim=-1)
-    logits = model.logit_scale.exp() * image_features @ text_features.T
-    targets = (ids[:, None] == ids[None]).float()
-    targets = targets / targets.sum(1, keepdim=True)
-    loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    loss = ic.clip_loss(image_features, text_features, model.logit_scale, batch.caption_ids)
     loss.backward()
     return loss.item(), gradients(model)
 
