@@ -39,25 +39,25 @@ def encoders(monkeypatch):
     monkeypatch.setattr(ic, "encode_texts", read)
 
 
-def hits(similarity, right, k):
+def recall(similarity, right, k):
     """The share of queries with a right answer among the k most similar, one query at a time."""
-    count = 0
-    for scores, answers in zip(similarity.tolist(), right, strict=True):
-        found = sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
-        count += any(i in answers for i in found)
-    return pytest.approx(count / len(right))
+    found = (sorted(range(len(row)), key=lambda i: -row[i])[:k] for row in similarity.tolist())
+    hits = [not answers.isdisjoint(near) for answers, near in zip(right, found, strict=True)]
+    return pytest.approx(sum(hits) / len(hits))
 
 
-@pytest.mark.parametrize("rows, captions", [(40, 40), (50, 17), (3, 2), (1, 1), (1100, 1050)])
+@pytest.mark.parametrize("rows, captions", [(50, 17), (3, 2), (1, 1), (1100, 1050)])
 def test_recall_is_as_counted_by_hand(rows, captions):
     torch.manual_seed(rows)
     images, texts = (F.normalize(torch.randn(n, 8), dim=-1) for n in (rows, captions))
     ids = torch.cat([torch.arange(captions), torch.randint(captions, (rows - captions,))])
-    owners = [{i for i, own in enumerate(ids.tolist()) if own == c} for c in range(captions)]
+    owners = [set((ids == caption).nonzero().flatten().tolist()) for caption in range(captions)]
     found = ic.retrieval_recall(images, texts, ids)
     for k in (1, 5, 10):
-        assert found[f"image_to_text_r{k}"] == hits(images @ texts.T, ids[:, None].tolist(), k)
-        assert found[f"text_to_image_r{k}"] == hits(texts @ images.T, owners, k)
+        assert found[f"image_to_text_r{k}"] == recall(
+            images @ texts.T, [{i} for i in ids.tolist()], k
+        )
+        assert found[f"text_to_image_r{k}"] == recall(texts @ images.T, owners, k)
 
 
 def test_the_metrics_are_as_counted_by_hand(encoders):

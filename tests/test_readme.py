@@ -30,14 +30,6 @@ def block(words):
     return found
 
 
-def variables_of(code):
-    """What that code leaves."""
-    variables = {}
-    exec(code, variables)
-    del variables["__builtins__"]
-    return variables
-
-
 # ---- Using the weights ----
 def test_searching_and_classifying(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
@@ -52,17 +44,14 @@ def test_searching_and_classifying(tmp_path, monkeypatch, capsys):
     assert len(rows) == 75 and rows[0].startswith("data/sample/images/test/0.")
 
 
-def new_vit():
-    return clip.model.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
-
-
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
     """(a folder with outputs/best.pt of a ViT-B/32, its image_features and text_features)."""
     folder = tmp_path_factory.mktemp("tools")
     (folder / "outputs").mkdir()
     torch.manual_seed(0)
-    torch.save(grown(new_vit()).state_dict(), folder / "outputs/best.pt")
+    model = grown(clip.model.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12))
+    torch.save(model.state_dict(), folder / "outputs/best.pt")
     model = ic.load_clip(str(folder / "outputs/best.pt"))
     pixels = torch.stack([ic.load_image(file, 224) for file in FILES])
     with torch.no_grad():
@@ -95,10 +84,10 @@ def test_open_clip_gives_the_same_features(vit, monkeypatch):
     import open_clip
 
     monkeypatch.chdir(vit[0])
-    preprocess = variables_of(block("import open_clip"))["preprocess"]
-    name = "ViT-B-32-quickgelu"
-    model = open_clip.create_model(name, pretrained="open_clip.pt").eval()
-    assert_equal(vit, model.encode_image(pictures(preprocess)), model.encode_text(TOKENS))
+    exec(block("import open_clip"), variables := {})
+    model = open_clip.create_model("ViT-B-32-quickgelu", pretrained="open_clip.pt").eval()
+    images = model.encode_image(pictures(variables["preprocess"]))
+    assert_equal(vit, images, model.encode_text(TOKENS))
 
 
 @torch.no_grad()
@@ -112,14 +101,15 @@ def test_transformers_gives_the_same_features(vit, monkeypatch):
     assert_equal(vit, output.image_embeds, output.text_embeds)
 
 
-def test_mixing_is_the_mean_of_start_and_best(vit, monkeypatch):
-    monkeypatch.chdir(vit[0])
-    start = new_vit()
-    monkeypatch.setattr(clip, "load", lambda name, device: (start, None))
+def test_mixing_is_the_mean_of_start_and_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(clip, "load", lambda name, device: (tiny_model(), None))
+    start, best = tiny_model().state_dict(), grown(tiny_model()).state_dict()
+    (tmp_path / "outputs").mkdir()
+    torch.save(best, "outputs/best.pt")
     exec(block("torch.lerp"), {})
-    best, mixed = (ic.load_clip(name).state_dict() for name in ("outputs/best.pt", "mixed.pt"))
-    for name, weight in start.state_dict().items():
-        assert torch.allclose(mixed[name], (weight + best[name]) / 2, atol=1e-6)
+    for name, weight in ic.load_clip("mixed.pt").state_dict().items():
+        assert torch.allclose(weight, (start[name] + best[name]) / 2, atol=1e-6)
 
 
 # ---- Starting it ----
@@ -130,7 +120,8 @@ def test_the_row_and_the_paths_of_ones_own_pictures(tmp_path):
     shutil.copy(FILES[0], data / row["image_path"])
     rows = [row | {"product_title": f"{row['product_title']} {i}"} for i in range(3)]
     (data / "train_data.json").write_text("\n".join(map(json.dumps, rows)))
-    run_script(tmp_path, MODEL="tiny", NUM_EPOCHS=1, **variables_of(block("my_shop")))
+    paths = dict(re.findall(r'^([A-Z_]+) = "(.*)"$', block("my_shop"), flags=re.M))
+    run_script(tmp_path, MODEL="tiny", NUM_EPOCHS=1, **paths)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sed -i is another command elsewhere")
@@ -168,12 +159,11 @@ def test_the_table_of_constants_gives_their_values():
 
 
 # ---- The files ----
-def test_the_files_are_formatted_and_the_linter_finds_nothing():
-    config = ["--config", str(ROOT / "tests/ruff.toml"), "--no-cache", str(ROOT)]
-    for command in (["format", "--check"], ["check"]):
-        ruff = [sys.executable, "-m", "ruff", *command, *config]
-        done = subprocess.run(ruff, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize("command", ["format --check", "check"])
+def test_the_files_are_formatted_and_the_linter_finds_nothing(command):
+    ruff = [sys.executable, "-m", "ruff", *command.split(), "--config", "tests/ruff.toml"]
+    done = subprocess.run([*ruff, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_script_can_be_read_in_one_sitting():
@@ -184,11 +174,9 @@ def test_the_script_can_be_read_in_one_sitting():
     assert len(README.splitlines()) <= 200
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
 def test_nothing_else_at_the_top():
-    git = ["git", "-C", str(ROOT), "ls-files"]
-    if not shutil.which("git") or not (ROOT / ".git").exists():
-        pytest.skip("no git checkout")
-    files = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split()
+    files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
     folders = {"tests", "data", ".ci"}
     names = {"indofashion_clip.py", "requirements.txt", "README.md", ".gitignore"}
     assert {file.split("/")[0] for file in files} == folders | names

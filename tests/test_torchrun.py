@@ -4,7 +4,6 @@ import re
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 
 import pytest
 import torch
@@ -58,46 +57,12 @@ def test_steps_of_three_processes_are_those_of_one(tmp_path):
 
 
 # ---- Runs ----
-def test_two_machines_with_one_folder_are_as_one_process(tmp_path):
+def test_two_machines_of_two_processes_are_as_one_process(tmp_path):
+    """In one folder. The first process alone loads the weights, then one of the other machine."""
     constants = quick(make_dataset(tmp_path / "data", train=25, val=7), CHUNK_SIZE=3)
-    lines = "import torch\nic.choose_precision = lambda device: torch.float32\nic.main()"
-    run_driver(tmp_path, lines, constants)
-    by_one = read_metrics(tmp_path, times=False)
-    for made in ("outputs", "data/cache"):
-        shutil.rmtree(tmp_path / made)
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        endpoint = f"--rdzv_endpoint=localhost:{listener.getsockname()[1]}"
-    nodes = ("--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=1", endpoint)
-    with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(launch, tmp_path / "driver.py", torchrun=nodes) for _ in range(2)]
-    assert sum("epoch split" in run.result() for run in runs) == 1
-    by_two = read_metrics(tmp_path, times=False)
-    assert len(by_one) == len(by_two) == 4
-    for one, two in zip(by_one, by_two, strict=True):
-        assert two == one | {k: pytest.approx(v, rel=1e-3) for k, v in one.items() if "loss" in k}
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_process_that_fails_ends_all_with_its_error(tmp_path, dataset):
     lines = """
-        real, calls = ic.train_step, []
-        def broken(*arguments):
-            calls.append(1)
-            assert ic.RANK != 1 or len(calls) < 3, "broken on purpose"
-            return real(*arguments)
-        ic.train_step = broken
-        ic.main()
-    """
-    output = run_driver(tmp_path, lines, quick(dataset), processes=2, code=1)
-    assert "broken on purpose" in output
-
-
-def test_one_process_loads_the_weights_first_then_one_of_each_machine(tmp_path, dataset):
-    """Nobody begins before the turn before has ended. And a batch of 8 is 6 for three."""
-    lines = """
-        import os, time
-        ic.LOCAL_RANK = ic.RANK % 2  # as if they were two machines
+        import os, time, torch
+        ic.choose_precision = lambda device: torch.float32
         real = ic.load_clip
         def load(name):
             begin = time.time()
@@ -107,11 +72,39 @@ def test_one_process_loads_the_weights_first_then_one_of_each_machine(tmp_path, 
         ic.load_clip = load
         ic.main()
     """
-    output = run_driver(tmp_path, lines, quick(dataset, NUM_EPOCHS=0), processes=3)
-    assert "steps of 6 pairs" in output
-    loads = sorted(re.findall(r"LOADED (\S+) (\S+) (\d)", output))[:3]  # later: to evaluate
-    assert [rank for *_, rank in loads] == ["0", "2", "1"]
-    assert all(float(end) <= float(begin) for (_, end, _), (begin, *_) in pairwise(loads))
+    run_driver(tmp_path, lines, constants)
+    by_one = read_metrics(tmp_path, times=False)
+    for made in ("outputs", "data/cache"):
+        shutil.rmtree(tmp_path / made)
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        endpoint = f"--rdzv_endpoint=localhost:{listener.getsockname()[1]}"
+    how = {"processes": 2, "torchrun": ("--nnodes=2", "--rdzv_backend=c10d", endpoint)}
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(launch, tmp_path / "driver.py", **how) for _ in range(2)]
+    output = "".join(run.result() for run in runs)
+    assert output.count("epoch split") == 1
+    by_four = read_metrics(tmp_path, times=False)
+    assert len(by_one) == len(by_four) == 4
+    for one, four in zip(by_one, by_four, strict=True):
+        assert four == one | {k: pytest.approx(v, rel=1e-3) for k, v in one.items() if "loss" in k}
+    assert not list(tmp_path.rglob("*.tmp"))
+    loads = [tuple(map(float, load)) for load in re.findall(r"LOADED (\S+) (\S+) (\d)", output)]
+    (_, first_end, first), (begin, end, second), (others_begin, *_), *_ = sorted(loads)
+    assert (first, second) == (0, 2) and first_end <= begin and end <= others_begin
+
+
+def test_a_process_that_fails_ends_all_with_its_error(tmp_path, dataset):
+    lines = """
+        real = ic.train_step
+        def broken(*arguments):
+            assert ic.RANK == 0, "broken on purpose"
+            return real(*arguments)
+        ic.train_step = broken
+        ic.main()
+    """
+    output = run_driver(tmp_path, lines, quick(dataset), processes=2, code=1)
+    assert "broken on purpose" in output
 
 
 def test_more_processes_than_pairs_end_with_a_line(tmp_path):
