@@ -114,12 +114,10 @@ def test_mixing_is_the_mean_of_start_and_best(tmp_path, monkeypatch):
 
 # ---- Starting it ----
 def test_the_row_and_the_paths_of_ones_own_pictures(tmp_path):
-    row = json.loads(block("product_title"))
-    data = tmp_path / "my_shop"
+    row, data = block("product_title"), tmp_path / "my_shop"
     (data / "images").mkdir(parents=True)
-    shutil.copy(FILES[0], data / row["image_path"])
-    rows = [row | {"product_title": f"{row['product_title']} {i}"} for i in range(3)]
-    (data / "train_data.json").write_text("\n".join(map(json.dumps, rows)))
+    shutil.copy(FILES[0], data / json.loads(row)["image_path"])
+    (data / "train_data.json").write_text(row * 3)
     paths = dict(re.findall(r'^([A-Z_]+) = "(.*)"$', block("my_shop"), flags=re.M))
     run_script(tmp_path, MODEL="tiny", NUM_EPOCHS=1, **paths)
 
