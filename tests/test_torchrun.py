@@ -95,19 +95,6 @@ def test_two_machines_of_two_processes_are_as_one_process(tmp_path):
     assert (first, second) == (0, 2) and first_end <= begin and end <= others_begin
 
 
-def test_a_process_that_fails_ends_all_with_its_error(tmp_path, dataset):
-    lines = """
-        real = ic.train_step
-        def broken(*arguments):
-            assert ic.RANK == 0, "broken on purpose"
-            return real(*arguments)
-        ic.train_step = broken
-        ic.main()
-    """
-    output = run_driver(tmp_path, lines, quick(dataset), processes=2, code=1)
-    assert "broken on purpose" in output
-
-
 def test_more_processes_than_pairs_end_with_a_line(monkeypatch):
     monkeypatch.setattr(ic, "WORLD_SIZE", 2)
     with pytest.raises(SystemExit, match="2 processes cannot share a batch of 1: start fewer"):
