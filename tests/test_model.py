@@ -33,19 +33,6 @@ def test_the_forward_equals_clips_own_and_so_does_every_gradient():
     assert max(relative(found[1][name], found[0][name]) for name in found[0]) <= 1e-5
 
 
-def test_the_gradients_are_the_same_to_the_bit_each_time():
-    """With enough tokens for two threads: adding them up by indexing would not be."""
-    model, runs, threads = grown(tiny_model()), [], torch.get_num_threads()
-    torch.set_num_threads(2)
-    tokens = clip.tokenize([f"Navy Blue Silk Saree Number {i}" for i in range(120)])
-    for _ in range(3):
-        model.zero_grad()
-        ic.encode_texts(model, torch.float32, tokens)[:, 0].sum().backward()
-        runs.append(gradients(model))
-    torch.set_num_threads(threads)
-    assert all(torch.equal(run[name], runs[0][name]) for run in runs for name in runs[0])
-
-
 def test_autocast_stays_near_float32_and_features_are_float32():
     model, tokens = tiny_model(), clip.tokenize(TITLES, truncate=True)
     for encode, inputs in ((ic.encode_images, PIXELS), (ic.encode_texts, tokens)):
@@ -55,14 +42,9 @@ def test_autocast_stays_near_float32_and_features_are_float32():
 
 
 # ---- Weights ----
-def test_an_rn_model_is_loaded_and_keeps_its_own_image_tower(tmp_path):
+def tiny_resnet():
     torch.manual_seed(0)
-    model = clip.model.CLIP(64, 64, (1, 1, 1, 1), 16, None, 77, 49408, 64, 1, 1).eval()
-    torch.save(model.state_dict(), tmp_path / "rn.pt")
-    loaded = ic.load_clip(str(tmp_path / "rn.pt"))
-    assert not loaded.training and loaded.visual.input_resolution == 64
-    model.mean, model.std = loaded.mean, loaded.std
-    assert relative(ic.encode_images(loaded, torch.float32, PIXELS), plain_images(model)) < 1e-6
+    return clip.model.CLIP(64, 64, (1, 1, 1, 1), 16, None, 77, 49408, 64, 1, 1)
 
 
 def save_archive(model, path):
@@ -75,21 +57,28 @@ def save_archive(model, path):
     torch.jit.trace(model, inputs, check_trace=False).save(path)
 
 
+def save_dict(model, path):
+    torch.save(model.state_dict(), path)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "save", [save_archive, lambda model, path: torch.save(model.state_dict(), path)]
+    "new, save",
+    [(tiny_model, save_archive), (tiny_model, save_dict), (tiny_resnet, save_dict)],
 )
-def test_weights_are_loaded_not_rounded_and_clip_reads_the_same_file(tmp_path, save):
-    model, path = grown(tiny_model()), str(tmp_path / "clip.pt")
-    save(grown(tiny_model()), path)
+def test_weights_are_loaded_not_rounded_and_clip_reads_the_same_file(tmp_path, new, save):
+    model, path = grown(new()), str(tmp_path / "clip.pt")
+    save(grown(new()), path)
     loaded, (by_clip, preprocess) = ic.load_clip(path), clip.load(path, device="cpu")
-    assert not loaded.training and loaded.state_dict().keys() == model.state_dict().keys()
+    weights = model.state_dict()
+    assert not loaded.training and loaded.state_dict().keys() == weights.keys()
     for name, weight in loaded.state_dict().items():
-        assert weight.dtype == torch.float32 and torch.equal(weight, model.state_dict()[name])
-    assert preprocess.transforms[0].size == 64
+        assert weight.dtype == weights[name].dtype and torch.equal(weight, weights[name])
+    assert loaded.visual.input_resolution == preprocess.transforms[0].size == 64
     tokens = clip.tokenize(["a saree", "men's kurta"])
     assert relative(by_clip.encode_text(tokens), model.encode_text(tokens)) < 5e-3
     assert relative(by_clip.encode_image(PIXELS / 255), model.encode_image(PIXELS / 255)) < 5e-3
+    assert relative(ic.encode_images(loaded, torch.float32, PIXELS), plain_images(loaded)) < 1e-5
 
 
 def test_a_name_is_loaded_by_clip(monkeypatch):
@@ -98,40 +87,20 @@ def test_a_name_is_loaded_by_clip(monkeypatch):
     assert {p.dtype for p in ic.load_clip("RN50").parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    "name", ["no.pt", "ViT-Z/99", "cut.pt", "empty.pt", "text.pt", "foreign.pt", ".", "RN50"]
-)
+@pytest.mark.parametrize("name", ["no.pt", "cut.pt", "empty.pt", "foreign.pt", ".", "RN50"])
 def test_weights_that_cannot_be_had_are_one_clear_line(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     torch.save(tiny_model().state_dict(), "cut.pt")
     os.truncate("cut.pt", 100_000)
     torch.save({"layer.weight": torch.ones(3)}, "foreign.pt")
     (tmp_path / "empty.pt").touch()
-    (tmp_path / "text.pt").write_text("<html>404</html>")
     monkeypatch.setattr(clip, "load", Mock(side_effect=URLError("no\ninternet")))
     with pytest.raises(SystemExit, match=f"MODEL.*{name}.*internet.*ViT-B/32") as stop:
         ic.load_clip(name)
     assert "\n" not in str(stop.value)
 
 
-@pytest.mark.parametrize("signal", [SystemExit(143), KeyboardInterrupt()])
-def test_a_signal_while_loading_is_not_swallowed(monkeypatch, signal):
-    monkeypatch.setattr(clip, "load", Mock(side_effect=signal))
-    with pytest.raises(type(signal)) as stop:
-        ic.load_clip("ViT-B/32")
-    assert stop.value is signal
-
-
 # ---- Precision ----
-@pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float16)])
-def test_precision_on_a_gpu_never_trusts_emulation(monkeypatch, native, expected):
-    def supported(including_emulation=True):
-        return including_emulation or native
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert ic.choose_precision(torch.device("cuda")) == expected
-
-
 @pytest.mark.parametrize("amx, avx", [(True, False), (False, True), (False, False)])
 def test_precision_on_a_cpu_follows_its_instructions(monkeypatch, amx, avx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)

@@ -1,136 +1,101 @@
 """Several processes, of one machine or two, are the same training as one."""
 
+import re
+import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, edited_script, make_dataset, quick, read_metrics, relative, run_driver
+from conftest import (
+    ROOT,
+    gradients,
+    launch,
+    make_batch,
+    make_dataset,
+    make_state,
+    quick,
+    read_metrics,
+    relative,
+    run_driver,
+    tiny_model,
+)
 
-STEPS = """
-    import sys, torch
-    sys.path.insert(0, {tests!r})
-    from conftest import gradients, make_batch, make_state
-    ic.prepare_machine()
-    torch.set_num_threads(1)
-    state, found = make_state(chunk=3), {{"losses": [], "gradients": []}}
-    step = state.optimizer.step
-    def record():
-        found["gradients"].append(gradients(state.model))
-        return step()
-    state.optimizer.step = record
-    for number in range(6):
+import indofashion_clip as ic
+
+
+# ---- Steps ----
+def three_steps():
+    """The loss and the gradients of this process's share of three batches, at the first weights."""
+    state, found = make_state(chunk=3), []
+    state.optimizer.step = lambda: found.append(gradients(state.model))
+    for number in range(3):
         whole = make_batch(12, number)
-        own = slice(12 // ic.WORLD_SIZE * ic.RANK, 12 // ic.WORLD_SIZE * (ic.RANK + 1))
-        captions, which = whole.inverse[own].unique(return_inverse=True)
-        share = ic.Batch(whole.pixels[own], whole.draws[own], whole.tokens[captions], which,
-                         whole.caption_ids)
-        found["losses"].append(ic.train_step(state, share).item())
-    found["weights"] = state.model.state_dict()
-    if ic.RANK == 0:
-        torch.save(found, "steps.pt")
-"""
-
-
-@pytest.fixture(scope="module")
-def by_processes(tmp_path_factory):
-    found = {}
-    for count in (1, 2, 3):
-        folder = tmp_path_factory.mktemp("steps")
-        lines = STEPS.format(tests=str(ROOT / "tests"))
-        run_driver(folder, lines, {}, processes=count)
-        found[count] = torch.load(folder / "steps.pt", weights_only=True)
+        rows = torch.arange(12).chunk(ic.WORLD_SIZE)[ic.RANK]
+        ids, inverse = whole.inverse[rows].unique(return_inverse=True)
+        pictures = {"pixels": whole.pixels[rows], "draws": whole.draws[rows]}
+        share = whole._replace(tokens=whole.tokens[ids], inverse=inverse, **pictures)
+        loss = ic.train_step(state, share)
+        found[-1]["loss"] = loss
     return found
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_steps_of_several_processes_are_those_of_one(by_processes, count):
-    one, several = by_processes[1], by_processes[count]
-    assert several["losses"] == pytest.approx(one["losses"], rel=1e-5)
-    for name, expected in one["gradients"][0].items():  # later the weights have drifted by rounding
-        assert relative(several["gradients"][0][name], expected) <= 1e-5, name
-    for name, expected in one["weights"].items():
-        assert torch.allclose(several["weights"][name], expected, rtol=1e-4, atol=1e-4), name
+def test_steps_of_three_processes_are_those_of_one(tmp_path):
+    lines = f"""
+        import sys, torch
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        from test_torchrun import three_steps
+        ic.prepare_machine()
+        steps = three_steps()
+        if ic.RANK == 0:
+            torch.save(steps, "steps.pt")
+    """
+    run_driver(tmp_path, lines, {}, processes=3)
+    steps = torch.load(tmp_path / "steps.pt", weights_only=True)
+    for one, several in zip(three_steps(), steps, strict=True):
+        assert one.keys() == several.keys()
+        assert max(relative(several[name], one[name]) for name in one) <= 1e-5
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """One whole run by one process, by two, and by two machines of one each in one folder."""
-    folder = tmp_path_factory.mktemp("runs")
-    constants = quick(make_dataset(folder / "data", train=25, val=7), CHUNK_SIZE=3)
-    lines = "import torch\nic.choose_precision = lambda device: torch.float32\nic.main()"
-    run_driver(folder / "one", lines, constants)
-    run_driver(folder / "two", lines, constants, processes=2)
-    endpoint = f"--rdzv_endpoint=localhost:{free_port()}"
-    nodes = ("--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=1", endpoint)
-    edited_script(folder / "nodes", **constants)
-    with ThreadPoolExecutor(2) as pool:
-        both = [
-            pool.submit(run_driver, folder / "nodes", lines, constants, torchrun=nodes)
-            for _ in range(2)
-        ]
-        outputs = [run.result() for run in both]
-    assert sum("epoch split" in output for output in outputs) == 1
-    return folder
-
-
-@pytest.mark.parametrize("name", ["two", "nodes"])
-def test_a_run_of_several_processes_is_that_of_one(runs, name):
-    one, several = (read_metrics(runs / folder, times=False) for folder in ("one", name))
-    assert len(one) == len(several) == 4
-    for expected, found in zip(one, several, strict=True):
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert found[key] == (pytest.approx(value, rel=1e-3) if "loss" in key else value), key
-    assert not list((runs / name).rglob("*.tmp"))
-
-
-def test_a_process_that_fails_ends_all_with_its_error(tmp_path, dataset):
+# ---- Runs ----
+def test_two_machines_of_two_processes_are_as_one_process(tmp_path):
+    """In one folder. The first process alone loads the weights, then one of the other machine."""
+    constants = quick(make_dataset(tmp_path / "data", train=25, val=7), CHUNK_SIZE=3)
     lines = """
-        real, calls = ic.train_step, []
-        def broken(*arguments):
-            calls.append(1)
-            assert ic.RANK != 1 or len(calls) < 3, "broken on purpose"
-            return real(*arguments)
-        ic.train_step = broken
+        import os, time, torch
+        ic.choose_precision = lambda device: torch.float32
+        real = ic.load_clip
+        def load(name):
+            begin = time.time()
+            time.sleep(0.2)
+            os.write(1, f"\\nLOADED {begin} {time.time()} {ic.RANK}\\n".encode())
+            return real(name)
+        ic.load_clip = load
         ic.main()
     """
-    output = run_driver(tmp_path, lines, quick(dataset), processes=2, code=1)
-    assert "broken on purpose" in output
+    run_driver(tmp_path, lines, constants)
+    by_one = read_metrics(tmp_path, times=False)
+    for made in ("outputs", "data/cache"):
+        shutil.rmtree(tmp_path / made)
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        endpoint = f"--rdzv_endpoint=localhost:{listener.getsockname()[1]}"
+    how = {"processes": 2, "torchrun": ("--nnodes=2", "--rdzv_backend=c10d", endpoint)}
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(launch, tmp_path / "driver.py", **how) for _ in range(2)]
+    output = "".join(run.result() for run in runs)
+    assert output.count("epoch split") == 1
+    by_four = read_metrics(tmp_path, times=False)
+    assert len(by_one) == len(by_four) == 4
+    for one, four in zip(by_one, by_four, strict=True):
+        assert four == one | {k: pytest.approx(v, rel=1e-3) for k, v in one.items() if "loss" in k}
+    assert not list(tmp_path.rglob("*.tmp"))
+    loads = [tuple(map(float, load)) for load in re.findall(r"LOADED (\S+) (\S+) (\d)", output)]
+    (_, first_end, first), (begin, end, second), (others_begin, *_), *_ = sorted(loads)
+    assert (first, second) == (0, 2) and first_end <= begin and end <= others_begin
 
 
-def test_one_process_loads_the_weights_first_then_one_of_each_machine(tmp_path):
-    """Each says when it begins and ends: nobody begins before the turn before has ended."""
-    lines = """
-        import os, time
-        ic.LOCAL_RANK = ic.RANK % 2  # as if two machines had two processes each
-        ic.prepare_machine()
-        def work():
-            begin = time.time(); time.sleep(0.2)
-            return begin, time.time()
-        span = ic.in_turns(work, (ic.RANK > 0) + (ic.LOCAL_RANK > 0), 3)
-        os.write(1, f"SPAN {ic.RANK} {span[0]} {span[1]}\\n".encode())
-    """
-    output = run_driver(tmp_path, lines, {}, processes=4)
-    lines = [line.split() for line in output.splitlines() if "SPAN" in line]
-    spans = {int(rank): (float(begin), float(end)) for _, rank, begin, end in lines}
-    assert spans[2][0] >= spans[0][1]
-    assert min(spans[1][0], spans[3][0]) >= spans[2][1]
-
-
-def test_more_processes_than_pairs_end_with_a_line(tmp_path):
-    data = make_dataset(tmp_path / "data", train=1)
-    output = run_driver(tmp_path, "ic.main()", quick(data), processes=2, code=1)
-    assert "2 processes cannot share a batch of 1" in output
-
-
-def test_a_batch_that_does_not_divide_is_rounded_down(tmp_path):
-    data = make_dataset(tmp_path / "data")
-    output = run_driver(tmp_path, "ic.main()", quick(data, BATCH_SIZE=9), processes=2)
-    assert "3 steps of 8 pairs" in output
+def test_more_processes_than_pairs_end_with_a_line(monkeypatch):
+    monkeypatch.setattr(ic, "WORLD_SIZE", 2)
+    with pytest.raises(SystemExit, match="2 processes cannot share a batch of 1: start fewer"):
+        ic.new_state(tiny_model(), {"train": ["a pair"]})
