@@ -87,7 +87,7 @@ def make_batch(count, seed=0):
     draws = torch.rand(count, 4, generator=generator)
     which = torch.arange(count) % max(1, count * 2 // 3)
     titles = [f"saree number {i}" + " long" * (i % 5) for i in range(int(which.max()) + 1)]
-    return ic.Batch(pixels, draws, ic.clip.tokenize(titles), which, which + 7)
+    return ic.Batch(pixels, draws, ic.clip.tokenize(titles), which)
 
 
 def relative(one, other):
@@ -142,11 +142,9 @@ def run_driver(folder, lines, constants, **how):
     return launch(driver, **how)
 
 
-def run_script(folder, *, code=0, inside=True, **constants):
-    """The output of the edited script run in `folder`, inside this process or in its own."""
+def run_script(folder, *, code=0, **constants):
+    """The output of the edited script run in `folder`, inside this process."""
     script = edited_script(folder, **constants)
-    if not inside:
-        return launch(script, code=code)
     output, exit_code, before = io.StringIO(), 0, os.getcwd()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

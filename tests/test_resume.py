@@ -150,7 +150,7 @@ def test_a_finished_run_is_left_alone_and_another_refused_by_name(tmp_path, unto
     assert "the rows of train was" in output and "rows of val" not in output
     assert "OUTPUT_PATH" in output
     output = run_script(tmp_path, code=1, **constants | {"MODEL": "outputs/best.pt"})
-    assert output.startswith("MODEL") and "overwrite" in output
+    assert "MODEL was" in output and "is outputs/best.pt" in output
     assert before == [(p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(outputs.glob("*.pt"))]
 
 

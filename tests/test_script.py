@@ -99,7 +99,8 @@ WRONG = {
 
 def test_every_constant_of_the_user_is_covered():
     own = {"BAR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "HYPERPARAMETERS", "PROGRESS", "DIRECTIONS"}
-    assert {name for name in vars(ic) if name.isupper()} - own - {"F"} == WRONG.keys()
+    constants = {name for name in vars(ic) if name.isupper()} - own - {"F", "RULES"}
+    assert constants == WRONG.keys() == ic.RULES.keys()
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -112,16 +113,17 @@ def test_a_constant_that_cannot_work_is_one_line_that_names_it(tmp_path, monkeyp
     for constant, value in quick(tmp_path / "data").items():
         monkeypatch.setattr(ic, constant, value)
     for value in WRONG[name]:
-        monkeypatch.setattr(ic, name, value)
-        with pytest.raises(SystemExit, match=name) as stop:
-            ic.check_constants()
-            ic.load_clip(ic.MODEL)
+        with monkeypatch.context() as one:
+            one.setattr(ic, name, value)
+            with pytest.raises(SystemExit, match=name) as stop:
+                ic.check_constants()
+                ic.load_clip(ic.MODEL)
         assert "\n" not in str(stop.value) and len(str(stop.value)) < 500
 
 
 def test_a_wrong_constant_ends_the_run_before_anything_is_written(tmp_path, dataset):
     output = run_script(tmp_path, code=1, **quick(dataset, BATCH_SIZE="64"))
-    assert output == "BATCH_SIZE is '64'; it must be a whole number from 2 to 2147483648\n"
+    assert output == "BATCH_SIZE is '64'; it must be a whole number from 2 on\n"
     assert sorted(os.listdir(tmp_path)) == ["data", "indofashion_clip.py"]
 
 
