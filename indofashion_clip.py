@@ -153,6 +153,8 @@ def load_image(path, resolution):
     if max(image.size) > 50 * min(image.size):  # would be resized to gigabytes
         raise ValueError(f"a strip of {image.width} × {image.height} pixels")
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

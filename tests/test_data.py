@@ -52,11 +52,9 @@ def test_captions_are_cleaned_and_without_a_title_a_class_prompt(tmp_path, title
     assert record.titled == bool(caption)
 
 
-def test_class_names_are_words_and_prompts_may_be_a_single_string(monkeypatch):
+def test_class_names_are_words():
     assert ic.class_prompts("kurta_men")[0] == "a photo of a men's kurta"
     assert ic.class_prompts("t_shirt") == [p.replace("{}", "t shirt") for p in ic.PROMPTS]
-    monkeypatch.setattr(ic, "PROMPTS", "one {}, new")
-    assert ic.class_prompts("saree") == ["one saree, new"]
 
 
 def test_unusable_rows_are_named_by_line_and_reason(tmp_path):
