@@ -84,6 +84,13 @@ def test_tokens_are_clips_own_of_each_caption_once():
     assert len(data.tokens) == 5 + 2 * len(ic.PROMPTS)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="it counts there")
+def test_many_captions_open_no_files():
+    before = len(os.listdir("/proc/self/fd"))
+    data = numbered([f"saree number {i}" for i in range(5000)])
+    assert data.num_captions == 5000 and len(os.listdir("/proc/self/fd")) == before
+
+
 # ---- Pictures ----
 def photo(size):
     colors = random.Random(0).randbytes(240)
