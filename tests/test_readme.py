@@ -1,6 +1,7 @@
 """Every block of the README works as it stands; the files are formatted and where they belong."""
 
 import ast
+import csv
 import json
 import re
 import runpy
@@ -37,7 +38,7 @@ def test_searching_and_classifying(tmp_path, monkeypatch, capsys):
     (tmp_path / "outputs/sample").mkdir(parents=True)
     torch.save(tiny_model().state_dict(), tmp_path / "outputs/sample/best.pt")
     monkeypatch.chdir(tmp_path)
-    exec(block("csv"), {})
+    exec(block("classes.csv"), {})
     printed = capsys.readouterr().out
     assert "red lehenga choli: ['data/sample/" in printed and "looks like ['data" in printed
     rows = (tmp_path / "classes.csv").read_text().splitlines()
@@ -113,25 +114,34 @@ def test_mixing_is_the_mean_of_start_and_best(tmp_path, monkeypatch):
 
 
 # ---- Starting it ----
-def test_the_row_and_the_paths_of_ones_own_pictures(tmp_path):
-    row, data = block("product_title"), tmp_path / "my_shop"
+def test_ones_own_pictures_from_a_spreadsheet(tmp_path, monkeypatch):
+    row, data = json.loads(block("Navy Blue Silk Saree")), tmp_path / "my_shop"
     (data / "images").mkdir(parents=True)
-    shutil.copy(FILES[0], data / json.loads(row)["image_path"])
-    (data / "train_data.json").write_text(row * 3)
-    paths = dict(re.findall(r'^([A-Z_]+) = "(.*)"$', block("my_shop"), flags=re.M))
-    run_script(tmp_path, MODEL="tiny", NUM_EPOCHS=1, **paths)
+    shutil.copy(FILES[0], data / row["image_path"])
+    with open(data / "rows.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([row.keys(), *[row.values()] * 11])
+    monkeypatch.chdir(tmp_path)
+    exec(block("DictReader"), {})
+    paths = dict(re.findall(r'`([A-Z_]+_PATH) = "(my_shop.*?)"`', README))
+    output = run_script(tmp_path, MODEL="tiny", NUM_EPOCHS=1, **paths)
+    assert "train       8 rows used" in output and "val         3 rows used" in output
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sed -i is another command elsewhere")
-def test_sed_sets_the_constants(tmp_path):
-    script = edited_script(tmp_path)
-    for command in re.findall(r"^!(sed .*)|`(sed .*)`", README, flags=re.M):
-        subprocess.run("".join(command), shell=True, check=True, cwd=tmp_path)
+def test_the_notebooks_cell_and_sed(tmp_path, dataset):
+    """Where Kaggle's inputs are another folder, and nothing is installed."""
+    edited_script(tmp_path / "script")
+    cell = block("%%bash").replace("/kaggle/input", str(tmp_path)).splitlines()[1:]
+    cell = [line for line in cell if not line.startswith(("pip", "torchrun"))]
+    (folder := tmp_path / "working").mkdir()
+    for line in ("\n".join(cell), *re.findall(r"`(sed .*)`", README)):
+        subprocess.run(["bash", "-ec", line], check=True, cwd=folder)
+    script = folder / "indofashion_clip.py"
     constants = runpy.run_path(str(script))
-    folder = "/kaggle/input/indo-fashion-dataset"
-    assert constants["IMAGE_PATH"] == folder
-    assert constants["JSON_PATH"] == folder + "/{split}_data.json"
     assert (constants["CACHE_PATH"], constants["LR"]) == ("/tmp/cache", 2e-5)
+    where = {name: constants[name] for name in ("IMAGE_PATH", "JSON_PATH")}
+    assert where == {"IMAGE_PATH": f"{dataset}", "JSON_PATH": f"{dataset}/{{split}}_data.json"}
+    run_script(folder, MODEL="tiny", NUM_EPOCHS=1, **where)
 
 
 def test_the_command_lines_of_torchrun_are_such():
