@@ -983,7 +983,7 @@ def check_constants():
 # ---- Pictures ------------------------------------------------------------------------------------
 def save_figure(name, figure):
     with atomic_write(f"{OUTPUT_PATH}/{name}") as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # the font lacks some languages' letters
+        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently")  # lacks some letters
         figure.savefig(file, format="png", dpi=100, bbox_inches="tight", pad_inches=0.15)
 
 
@@ -1008,7 +1008,7 @@ def draw_curves(history, best_epoch):
 
 def draw_confusion(class_labels, confusions):
     """confusion.png: of each class, the percentages taken for each class, before and after."""
-    names = [textwrap.fill(label, 30, max_lines=2) for label in class_labels]
+    names = [textwrap.fill(label.replace("_", " "), 30, max_lines=2) for label in class_labels]
     side = max(2.5, 0.32 * len(names))  # inches
     margin = 0.8 + 0.08 * max(len(line) for name in names for line in name.split("\n"))
     figure = Figure(figsize=(2 * side + margin, side + margin + 0.3), layout="constrained")
