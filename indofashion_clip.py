@@ -11,8 +11,9 @@ In: a folder of pictures and a file of rows, a JSON object a line, for train and
 val and test: {"image_path": "a/1.jpg", "product_title": "Red silk saree", "class_label": "saree"}.
 Out: outputs/best.pt, which clip.load reads.
 
-Shapes: B pairs in a batch, b of them this process's, N rows in a split, C distinct captions, K
-classes, D the width of an embedding, R the side of a picture in pixels.
+Shapes: B pairs in a batch, b of them this process's, N usable rows in a split, C distinct captions,
+K classes, D the width of an embedding, R the side of a picture in pixels; in the encoders B
+pictures or C texts at a time.
 """
 
 import ctypes
@@ -45,7 +46,7 @@ from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 from tqdm import tqdm
 
 with warnings.catch_warnings():
@@ -86,7 +87,7 @@ CLASS_NAMES = {  # better words than the label's own, with _ read as a space
 }
 CHUNK_SIZE = None  # pairs encoded at a time; None: all, on a GPU halved until they fit
 
-SAMPLE_RUN = {  # the run without a dataset: what differs from the constants above
+SAMPLE_RUN = {  # the run without a dataset: check_constants() puts these over those above
     "IMAGE_PATH": "data/sample",
     "JSON_PATH": "data/sample/{split}_data.json",
     "OUTPUT_PATH": "outputs/sample",
@@ -132,10 +133,9 @@ def read_records(json_path):
     records, skipped = [], []
     with open(json_path, encoding="utf-8-sig", errors="replace") as file:
         for line, text in enumerate(file, 1):
-            row = None
-            with suppress(ValueError, RecursionError):
-                row = json.loads(text)
-            row = row if isinstance(row, dict) else {}
+            row = {}
+            with suppress(ValueError, TypeError, RecursionError):
+                row = dict(json.loads(text))
             path, label = row.get("image_path"), sys.intern(clean(row.get("class_label")))
             title = clean(row.get("product_title"))
             if isinstance(path, str) and label:
@@ -259,7 +259,7 @@ def read_split(split, json_path, resolution):
     if not records:
         sys.exit(f"{json_path}: no line is a JSON object with the texts image_path and class_label")
     cache_file = f"{CACHE_PATH}/{split}-{resolution}.u8"
-    if LOCAL_RANK == 0:  # of a machine; the others have waited for it
+    if LOCAL_RANK == 0:  # main() lets the first process of each machine go first
         paths = [os.path.join(IMAGE_PATH, record.image_path) for record in records]
         make_cache(cache_file, paths, resolution)
     pixels, bad = open_cache(cache_file, (len(records), 3, resolution, resolution))
@@ -280,15 +280,14 @@ def load_splits(resolution):
     """{"train", "val" and, where there is a file, "test": FashionDataset}; writes skipped.jsonl."""
     records, pixels, skipped = {}, {}, []
     for split in ("train", "val", "test"):
-        json_path = JSON_PATH.replace("{split}", split)
+        json_path = JSON_PATH.replace("{split}", split)  # without {split} there is only train
         if split == "train" or (json_path != JSON_PATH and os.path.isfile(json_path)):
             records[split], pixels[split], left_out = read_split(split, json_path, resolution)
             skipped += left_out
             untitled = sum(not record.titled for record in records[split])
             used = f"{len(records[split]):7,} rows used, {untitled:,} of them without a title"
             say(f"{split:5} {used}; {len(left_out):,} left out")
-    if RANK == 0:
-        write_lines("skipped.jsonl", skipped)
+    write_lines("skipped.jsonl", skipped)
     if "val" not in records:
         rows, pixels["val"] = records["train"], pixels["train"]
         held_out = set(shuffled(len(rows))[: max(1, len(rows) // 20)].tolist())
@@ -303,7 +302,7 @@ def load_splits(resolution):
 
 class Batch(NamedTuple):
     pixels: torch.Tensor  # uint8 [b, 3, R, R], this process's share of the B pairs
-    draws: torch.Tensor  # float32 [b, 4], uniform in 0..1, for augment()
+    draws: torch.Tensor  # float32 [b, 4], uniform in 0..1: of the crop size, x and y; of the flip
     tokens: torch.Tensor  # int32 [captions, 77], the share's distinct ones
     inverse: torch.Tensor  # int64 [b], each picture's row of tokens
 
@@ -313,7 +312,7 @@ def epoch_batches(dataset, epoch, batch_size, first_step=0):
     size = len(dataset)
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + epoch)
     order = torch.randperm(size, generator=generator)
-    draws = torch.rand(size, 5, generator=generator)
+    draws = torch.rand(size, 5, generator=generator)  # the last one is for the class prompts
     prompt = torch.randint(dataset.prompt_ids.shape[1], (size,), generator=generator)
     prompted = (draws[:, 4] < CLASS_PROMPT_SHARE) | ~dataset.titled
     prompts = dataset.prompt_ids[dataset.labels, prompt]
@@ -355,7 +354,8 @@ def load_clip(name):
     try:
         if name == "tiny":
             torch.manual_seed(SEED)
-            model = clip.model.CLIP(64, 64, 2, 128, 16, 77, 49408, 128, 2, 2)
+            image, text = (64, 2, 128, 16), (77, 49408, 128, 2, 2)  # pixels, layers, width, patch
+            model = clip.model.CLIP(64, *image, *text)  # tokens, words, width, heads, layers
         elif name in clip.available_models():
             model, _ = clip.load(name, device="cpu")
         else:
@@ -401,13 +401,13 @@ def run_blocks(transformer, tokens, attend, read):
 
 def attention(queries_keys_values, num_sequences, causal):
     """Heads of 64 over sequences of one length, [S · L, 3 · width] → [S · L, width]."""
-    heads = queries_keys_values.shape[1] // 192
+    heads = queries_keys_values.shape[1] // (3 * 64)
     split = queries_keys_values.view(num_sequences, -1, 3, heads, 64).permute(2, 0, 3, 1, 4)
     if split.is_cuda:
         mixed = F.scaled_dot_product_attention(*split, is_causal=causal)
     else:  # plain products: a sixth off the whole step in bfloat16, where the fused ones are slow
         queries, keys, values = split.flatten(1, 2).contiguous()  # [S · heads, L, 64] each
-        scores = (queries / 8) @ keys.transpose(1, 2)
+        scores = (queries / 64**0.5) @ keys.transpose(1, 2)
         if causal:
             scores = scores + torch.full_like(scores[0], -math.inf).triu(1)
         mixed = (scores.softmax(-1) @ values).view(split.shape[1:])
@@ -531,10 +531,10 @@ def retry_on_oom(work, state, *arguments):
         tqdm.write(f"Out of memory: the same again, {state.chunk} pairs at a time.")
 
 
-def forward_backward(state, batch, gathered):
+def forward_backward(state, batch, exchanged):
     """The loss of all B pairs; gradients by this process's b, to be summed over the processes.
 
-    gathered: an empty list that takes all processes' features. After running out of memory they
+    exchanged: an empty list that takes all processes' features. After running out of memory they
     are used again: the other processes do not repeat the exchange.
     """
     state.optimizer.zero_grad()  # of an attempt that ran out of memory
@@ -543,10 +543,10 @@ def forward_backward(state, batch, gathered):
     captions = in_chunks(state, encode_texts, batch.tokens)
     text_features = F.embedding(batch.inverse.to(device, non_blocking=True), captions)
     own = torch.stack([image_features, text_features], 1)  # [b, 2, D]
-    if not gathered:
-        gathered.append(all_gather(own.detach()))  # [B, 2, D], the other processes' as constants
+    if not exchanged:
+        exchanged.append(all_gather(own.detach()))  # [B, 2, D], the other processes' as constants
     start = RANK * len(own)
-    features = gathered[0].slice_scatter(own, 0, start, start + len(own))
+    features = exchanged[0].slice_scatter(own, 0, start, start + len(own))
     loss = clip_loss(*features.unbind(1), state.model.logit_scale)
     state.scaler.scale(loss).backward()
     return loss.detach()
@@ -557,7 +557,10 @@ def train_step(state, batch):
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     loss = retry_on_oom(forward_backward, state, batch, [])
     model.logit_scale.grad /= WORLD_SIZE  # a parameter of the loss: each process has the whole
-    all_reduce_gradients([parameter.grad for parameter in model.parameters()])
+    if WORLD_SIZE > 1:  # in one exchange; the activations, which took more memory, are gone
+        gradients = [parameter.grad for parameter in model.parameters()]
+        total = all_reduce(torch.nn.utils.parameters_to_vector(gradients))
+        torch.nn.utils.vector_to_parameters(total, gradients)
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     scaler.step(optimizer)
@@ -573,7 +576,8 @@ def make_optimizer(model):
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others}]
-    return torch.optim.AdamW(groups, 0.0, (0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
+    how = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0, "fused": True}
+    return torch.optim.AdamW(groups, lr=0.0, **how)  # train_epoch sets the rate of each step
 
 
 def learning_rate(step, total_steps):
@@ -601,8 +605,11 @@ def retrieval_recall(image_features, text_features, caption_ids):
     texts_found = top_k(image_features, text_features, 10)  # [N, 10]
     images_found = top_k(text_features, image_features, 10)  # [C, 10]
     right = (texts_found == caption_ids[:, None], caption_ids[images_found] == captions[:, None])
-    ways = [(*way, k) for way in zip(DIRECTIONS, right, strict=True) for k in (1, 5, 10)]
-    return {f"{way}_r{k}": hits[:, :k].any(1).double().mean().item() for way, hits, k in ways}
+    recall = {}
+    for way, hits in zip(DIRECTIONS, right, strict=True):
+        for k in (1, 5, 10):
+            recall[f"{way}_r{k}"] = hits[:, :k].any(1).double().mean().item()
+    return recall
 
 
 def encode_all(state, encode, batches):
@@ -648,10 +655,9 @@ def evaluate(state, dataset):
 
 
 def best_line(history):
-    """The line of metrics.jsonl of the best epoch, by what people do: classify and search."""
+    """Of val's lines of metrics.jsonl the best one, by what people do: classify and search."""
     keys = ("accuracy", "image_to_text_r5", "text_to_image_r5")
-    val = [line for line in history if line["split"] == "val"]
-    return max(val, key=lambda line: sum(line[key] for key in keys))
+    return max(history, key=lambda line: sum(line[key] for key in keys))
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -669,7 +675,7 @@ class State:
     made_from: dict  # what has to be the same to go on: constants and rows
     signals: list = field(default_factory=list)  # received since training began
     history: list = field(default_factory=list)  # the lines of metrics.jsonl
-    epoch: int = 0  # 0 is the evaluation before training
+    epoch: int = 0  # 0: the evaluation before training; NUM_EPOCHS + 1: all are done
     step: int = 0  # of the epoch, done
     loss_sum: float | torch.Tensor = 0.0  # of these; a tensor until it is waited for
     finished: bool = False
@@ -723,24 +729,23 @@ def save_run(state):
 
 def resume(state):
     """Go on from last.pt, where there is one. Stops where it is of another training."""
-    if not os.path.exists(path := f"{OUTPUT_PATH}/last.pt"):
+    path, instead = f"{OUTPUT_PATH}/last.pt", "or set another OUTPUT_PATH to start anew"
+    if not os.path.exists(path):
         return
-    instead = "or set another OUTPUT_PATH to start anew"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         old, new = saved["made_from"], state.made_from
         changed = [name for name in new | old if old.get(name) != new.get(name)]
-        if not changed:
-            for name in PROGRESS:
-                setattr(state, name, saved[name])
-            for name in ("model", "optimizer", "scaler"):
-                if saved[name]:  # a scaler that scales nothing has saved nothing
-                    getattr(state, name).load_state_dict(saved[name])
+        changes = "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in changed)
+        if changes:
+            sys.exit(f"{path} is of another training: {changes}. Set it back to go on, {instead}")
+        for name in PROGRESS:
+            setattr(state, name, saved[name])
+        for name in ("model", "optimizer", "scaler"):
+            if saved[name]:  # a scaler that scales nothing has saved nothing
+                getattr(state, name).load_state_dict(saved[name])
     except Exception as error:
         sys.exit(f"{path} is no checkpoint of this script ({error!r:.300}). Move it, {instead}")
-    if changed:
-        changes = "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in changed)
-        sys.exit(f"{path} is of another training: {changes}. Set it back to go on, {instead}")
     if not state.finished:
         say(f"Going on from {path}: epoch {state.epoch}, of which {state.step} steps are done.")
 
@@ -751,9 +756,8 @@ def train_epoch(state, dataset, bar):
     saved = start
     for batch in epoch_batches(dataset, state.epoch, state.batch_size, first):
         step = (state.epoch - 1) * state.steps + state.step
-        rate = learning_rate(step, NUM_EPOCHS * state.steps)
         for group in state.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(step, NUM_EPOCHS * state.steps)
         state.loss_sum = state.loss_sum + train_step(state, batch)
         state.step += 1
         bar.update()
@@ -771,8 +775,7 @@ def train_epoch(state, dataset, bar):
 def log(state, split, epoch, metrics):
     """Add a line to metrics.jsonl and to what is printed."""
     state.history.append({"epoch": epoch, "split": split} | metrics)
-    if RANK == 0:
-        write_lines("metrics.jsonl", state.history)
+    write_lines("metrics.jsonl", state.history)
     scores = f"{metrics['loss']:7.3f} {metrics['accuracy']:8.3f} {metrics['macro_f1']:8.3f}"
     for way in DIRECTIONS:
         scores += "     " + " ".join(f"{metrics[f'{way}_r{k}']:.3f}" for k in (1, 5, 10))
@@ -805,12 +808,12 @@ def finish(state, splits):
         state.model.load_state_dict(load_clip(weights).state_dict())
         views.append(evaluate(state, val)[1:])
     best_epoch = best_line(state.history)["epoch"]
-    if "test" in splits and state.history[-1]["split"] == "val":
-        log(state, "test", best_epoch, evaluate(state, splits["test"])[0])
     if RANK == 0:
         draw_curves(state.history, best_epoch)
         draw_confusion(val.class_labels, [confusion for confusion, *_ in views])
         draw_retrieval(val, [features for _, *features in views])
+    if "test" in splits:
+        log(state, "test", best_epoch, evaluate(state, splits["test"])[0])
     stop_if_signalled(state)
     state.finished = True  # which is all that last.pt is for now: it gets best.pt's weights
     save_run(state)
@@ -854,18 +857,10 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
 
 
 def all_gather(share):
-    """[b, D] of each process → [B, D] of all, by rank. Sums with zeros are exact."""
+    """[b, …] of each process → [B, …] of all, by rank. Sums with zeros are exact."""
     shares = share.new_zeros(WORLD_SIZE, *share.shape)
     shares[RANK] = share
     return all_reduce(shares).flatten(0, 1)
-
-
-def all_reduce_gradients(tensors):
-    """Each tensor's sum over the processes, in place, many in one flat bucket."""
-    for start in range(0, len(tensors) if WORLD_SIZE > 1 else 0, 50):
-        bucket = tensors[start : start + 50]
-        flat = all_reduce(torch.nn.utils.parameters_to_vector(bucket))
-        torch.nn.utils.vector_to_parameters(flat, bucket)
 
 
 def barrier():
@@ -924,41 +919,36 @@ def atomic_write(path, temporary=None, unless=lambda: False):
             os.fsync(file.fileno())
         if not unless():
             os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        failure = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
-        if not isinstance(failure, OSError):
-            raise
-        sys.exit(f"cannot write {path}: {failure.strerror}; what it held is untouched")
+    except (OSError, RuntimeError) as error:  # torch.save hides the one behind the other
+        sys.exit(f"cannot write {path}: {error.__context__ or error}; what it held is untouched")
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
 
 
 def write_lines(name, rows):
-    """A JSON object a line, into that file of OUTPUT_PATH."""
-    with atomic_write(f"{OUTPUT_PATH}/{name}") as file:
-        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+    """A JSON object a line, into that file of OUTPUT_PATH, by the first process."""
+    if RANK == 0:
+        with atomic_write(f"{OUTPUT_PATH}/{name}") as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-RULES = {  # constant: (what it must be, whether it is), the folders to make last
+RULES = {  # constants: (what each must be, whether it is), the folders to make last
     "IMAGE_PATH": ("a folder that is there", os.path.isdir),
     "JSON_PATH": ("a file's path", lambda v: os.path.isfile(v.replace("{split}", "train"))),
     "MODEL": ("text in quotes", lambda v: isinstance(v, str)),
     "BATCH_SIZE": ("a whole number from 2 on", lambda v: type(v) is int and v >= 2),
     "NUM_EPOCHS": ("a whole number from 0 on", lambda v: type(v) is int and v >= 0),
     "LR": ("a number above 0", lambda v: 0 < v < math.inf),
-    "WEIGHT_DECAY": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
-    "WARMUP": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "WEIGHT_DECAY WARMUP CLASS_PROMPT_SHARE": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
     "MAX_GRAD_NORM": ("a number above 0", lambda v: v > 0),
-    "CLASS_PROMPT_SHARE": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
     "MIN_CROP": ("a number above 0, at most 1", lambda v: 0 < v <= 1),
     "SEED": ("a whole number from 0 to 2**31", lambda v: type(v) is int and 0 <= v <= 2**31),
     "PROMPTS": ("texts with {} in each", lambda v: v and all(text.count("{}") for text in v)),
     "CLASS_NAMES": ("a dictionary of texts", lambda v: all(text.strip() for text in v.values())),
     "CHUNK_SIZE": ("None or a whole number", lambda v: v is None or type(v) is int and v >= 1),
     "SAMPLE_RUN": ("a dictionary", lambda v: isinstance(v, dict)),
-    "OUTPUT_PATH": ("a folder, there or to make", lambda v: os.makedirs(v, exist_ok=True) is None),
-    "CACHE_PATH": ("a folder, there or to make", lambda v: os.makedirs(v, exist_ok=True) is None),
+    "OUTPUT_PATH CACHE_PATH": ("a folder", lambda v: os.makedirs(v, exist_ok=True) is None),
 }
 
 
@@ -971,12 +961,11 @@ def check_constants():
         constants.update(SAMPLE_RUN if isinstance(SAMPLE_RUN, dict) else {})
     if isinstance(PROMPTS, str):  # a forgotten comma
         constants["PROMPTS"] = (PROMPTS,)
-    for name, (wanted, is_right) in RULES.items():
-        try:
-            right = is_right(constants[name])
-        except Exception:  # of another type
-            right = False
-        if not right:
+    for names, (wanted, is_right) in RULES.items():
+        for name in names.split():
+            with suppress(Exception):  # of another type
+                if is_right(constants[name]):
+                    continue
             sys.exit(f"{name} is {constants[name]!r}; it must be {wanted}")
 
 
@@ -994,7 +983,7 @@ def draw_curves(history, best_epoch):
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     for panel, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for key in keys:
-            lines = [line for line in history if line["split"] == "val" and key in line]
+            lines = [line for line in history if key in line]
             epochs, values = [line["epoch"] for line in lines], [line[key] for line in lines]
             panel.plot(epochs, values, marker=".", label=key)
         panel.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
@@ -1030,17 +1019,15 @@ def draw_confusion(class_labels, confusions):
 
 def picture_strip(dataset, rows, query):
     """The rows' pictures side by side, uint8 [H, W, 3], framed where they answer the query's."""
-    side = dataset.pixels.shape[-1]
-    edge = max(2, side // 16)
+    edge = max(2, dataset.pixels.shape[-1] // 16)
     strip = []
     for row in rows:
-        color = (165, 220, 170) if dataset.labels[row] == dataset.labels[query] else (255,) * 3
+        color = (165, 220, 170) if dataset.labels[row] == dataset.labels[query] else "white"
         if dataset.caption_ids[row] == dataset.caption_ids[query]:
             color = (20, 130, 50)
-        frame = torch.tensor(color, dtype=torch.uint8).view(3, 1, 1)
-        frame = frame.repeat(1, side + 2 * edge, side + 2 * edge)
-        frame[:, edge:-edge, edge:-edge] = dataset.pixels[dataset.cache_rows[row]]
-        strip.append(F.pad(frame, (0, edge), value=255))
+        picture = to_pil_image(dataset.pixels[dataset.cache_rows[row]])
+        picture = pil_to_tensor(ImageOps.expand(picture, edge, color))
+        strip.append(F.pad(picture, (0, edge), value=255))
     return torch.cat(strip, 2).permute(1, 2, 0).numpy()
 
 
@@ -1049,19 +1036,14 @@ def draw_retrieval(dataset, features):
     order = shuffled(len(dataset)).tolist()
     titled_last = sorted(order, key=lambda row: dataset.records[row].titled)
     queries = list({int(dataset.caption_ids[row]): row for row in titled_last}.values())[-8:]
-    columns = min(2, len(queries))
-    lines = -(-len(queries) // columns)
-    figure = Figure(figsize=(6.6 * columns, 2.8 * lines + 0.4), layout="constrained")
-    axes = figure.subplots(2 * lines, columns, squeeze=False)
-    for panel in axes.flat:
-        panel.set_frame_on(False)
-        panel.set(xticks=[], yticks=[])
-    for i, query in enumerate(queries):
-        pair = axes[i // columns * 2 :][:2, i % columns]
+    figure = Figure(figsize=(13.2, 1.45 * len(queries) + 0.5), layout="constrained")
+    axes = figure.subplots(len(queries), 2, squeeze=False)
+    for query, pair in zip(queries, axes, strict=True):
         for panel, when, (images, texts) in zip(pair, ("before", "after"), features, strict=True):
             found = top_k(texts[dataset.caption_ids[query]][None], images, 5)[0].tolist()
             panel.imshow(picture_strip(dataset, found, query))
-            panel.set_ylabel(when)
+            panel.set_frame_on(False)
+            panel.set(xticks=[], yticks=[], ylabel=when)
         title = textwrap.fill(dataset.records[query].caption, 70, max_lines=2)
         pair[0].set_title(title, loc="left", fontsize=11, parse_math=False)
     figure.supxlabel("dark frame: the caption's own picture; light: its class", fontsize=10)

@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_the_old_file_a_message_and_no_debris(tmp_path, untou
     for file in list(writes):
         output = run_script(tmp_path, code=1, **untouched[1])
         assert f"/{file}" in output[output.index("cannot write ") :]
-        assert "No space left on device; what it held is untouched" in output
+        assert "No space left on device" in output and "what it held is untouched" in output
         assert not list(tmp_path.rglob("*.tmp")), file
         assert all(weights(path) for path in (tmp_path / "outputs").glob("*.pt")), file
     run_script(tmp_path, **untouched[1])

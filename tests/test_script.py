@@ -100,7 +100,7 @@ WRONG = {
 def test_every_constant_of_the_user_is_covered():
     own = {"BAR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "HYPERPARAMETERS", "PROGRESS", "DIRECTIONS"}
     constants = {name for name in vars(ic) if name.isupper()} - own - {"F", "RULES"}
-    assert constants == WRONG.keys() == ic.RULES.keys()
+    assert constants == WRONG.keys() == set(" ".join(ic.RULES).split())
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -154,7 +154,7 @@ def test_awkward_datasets_are_drawn(tmp_path, classes, val_rows):
     assert "Glyph" not in run_script(tmp_path, **quick(tmp_path / "data", NUM_EPOCHS=1))
     for name in ("curves", "confusion", "retrieval"):
         with Image.open(tmp_path / f"outputs/{name}.png") as picture:
-            assert min(picture.size) > 250 and max(picture.size) < 4000
+            assert min(picture.size) > 200 and max(picture.size) < 4000
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
 
 
