@@ -166,6 +166,30 @@ def test_the_table_of_constants_gives_their_values():
         assert str(getattr(ic, name)) == str(eval(value) if value[0].isdigit() else value), name
 
 
+# ---- Figures ----
+STUDIES = ROOT / "tests/studies"
+QUOTES = {}  # {what the README says: (file, part, table, row, column)}
+
+
+@pytest.mark.parametrize("file", ["benchmark.json", "ablation.json"])
+def test_the_tables_are_those_that_the_studies_wrote(monkeypatch, file):
+    monkeypatch.syspath_prepend(STUDIES)
+    from common import as_markdown
+
+    text = (STUDIES / "README.md").read_text(encoding="utf-8")
+    for part in json.loads((STUDIES / file).read_text(encoding="utf-8")).values():
+        assert f"{part['date']}, {part['machine']}" in text
+        for title, rows in part["tables"].items():
+            assert as_markdown(title, rows) in text, title
+
+
+@pytest.mark.parametrize("quote", QUOTES)
+def test_the_readme_quotes_the_tables(quote):
+    file, part, table, row, column = QUOTES[quote]
+    value = json.loads((STUDIES / file).read_text())[part]["tables"][table][row][column]
+    assert quote.format(value) in " ".join(README.split())
+
+
 # ---- The files ----
 @pytest.mark.parametrize("command", ["format --check", "check"])
 def test_the_files_are_formatted_and_the_linter_finds_nothing(command):

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -27,10 +26,10 @@ from common import QUICK, ROOT, STUDIES, changed_script, conftest, ic, keep
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SAMPLE, ON_GPU = ROOT / "data/sample", DEVICE.type == "cuda"
 DTYPE = str(ic.choose_precision(DEVICE))[6:]
-ROUNDS, REPEATS = (1, 1) if QUICK else (3, 2)  # of steps, of epochs
+ROUNDS = 1 if QUICK else 3  # of steps; an epoch and a memory are measured once
 BATCHES = (4,) if QUICK else (256, 1024) if ON_GPU else (64,)  # of the steps
 SHRINK = 16 if QUICK else 1  # the memory part's batches
-EPOCH_ROWS, EPOCH_BATCH = (24, 8) if QUICK else (1280, 64)
+EPOCH_ROWS, EPOCH_BATCH = (24, 8) if QUICK else (640, 64)
 ROWS, MILLION = (3_100, 5_000) if QUICK else (91_166, 1_000_000)  # IndoFashion's train split; more
 # Lengths in tokens of IndoFashion's titles, both ends included: val's 0, 5, … 100 % quantiles
 LENGTHS = [3, 6, 7, 8, 9, 9, 10, 10, 11, 12, 13, 14, 15, 16, 18, 19, 21, 23, 26, 30, 74]
@@ -67,10 +66,10 @@ def once(folder, work):
         return ask(process)
 
 
-def in_turns(folder, works):
+def in_turns(folder, works, rounds=ROUNDS):
     """{name: speed and memory} of {name: (function of a contender, pairs a step, …)}."""
     times, peaks, alive = {name: [] for name in works}, {}, {}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, (function, *how) in works.items():
             process = alive.get(name) or start(folder, f"timed({function}{tuple(how)})")
             seconds, peaks[name] = ask(process)
@@ -284,7 +283,7 @@ def memory(folder, _):
         batch, chunk = (size // SHRINK for size in sizes)
         name = f"batch {batch}" + f" in chunks of {chunk}" * (chunk < batch)
         works[name] = ("this_script", batch, DTYPE, chunk)
-    return {f"this script, {DTYPE}": in_turns(folder, works)}
+    return {f"this script, {DTYPE}": in_turns(folder, works, rounds=1)}
 
 
 def write_rows(folder, source, count):
@@ -343,12 +342,9 @@ def epoch(folder, source):
     title = f"epoch of {EPOCH_ROWS:,} rows in batches of {EPOCH_BATCH}, {pictures(source)}"
     works = {"sentence_transformers": "epoch_elsewhere", "this_script, decoding": "epoch_here"}
     works["this_script, cached"] = "epoch_here"
-    where, times = write_rows(folder / "epoch", source, EPOCH_ROWS), {name: [] for name in works}
-    for _ in range(REPEATS):
-        shutil.rmtree(where / "data/cache", ignore_errors=True)
-        for name, work in works.items():
-            times[name].append(once(where, work))
-    return {title: {name: speed(seconds, EPOCH_ROWS) for name, seconds in times.items()}}
+    where = write_rows(folder / "epoch", source, EPOCH_ROWS)
+    times = {name: once(where, work) for name, work in works.items()}
+    return {title: {n: {"seconds": t, "pairs/s": EPOCH_ROWS / t} for n, t in times.items()}}
 
 
 def first_batch(resolution):
