@@ -84,7 +84,7 @@ def make_batch(count, seed=0):
     """`count` random pairs, a third of the captions said twice."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=generator)
-    draws = torch.rand(count, 4, generator=generator)
+    draws = torch.rand(count, 3, generator=generator)
     which = torch.arange(count) % max(1, count * 2 // 3)
     titles = [f"saree number {i}" + " long" * (i % 5) for i in range(int(which.max()) + 1)]
     return ic.Batch(pixels, draws, ic.clip.tokenize(titles), which)

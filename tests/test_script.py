@@ -84,7 +84,6 @@ WRONG = {
     "BATCH_SIZE": [0, 1, -4, "64", 6.5, None, True],
     "NUM_EPOCHS": [-1, 1.5, "6", None],
     "LR": [0, -1e-5, "1e-5", None, float("nan"), float("inf")],
-    "WEIGHT_DECAY": [-0.1, 7, "0.1", None],
     "WARMUP": [-0.1, 1.1, "0.1", None],
     "MAX_GRAD_NORM": [0, -1.0, None, "1"],
     "CLASS_PROMPT_SHARE": [-0.1, 1.5, "half", None],

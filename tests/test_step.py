@@ -43,7 +43,7 @@ def test_pairs_of_one_caption_are_positives_of_each_other():
         assert torch.allclose(found, by_shared, atol=1e-12)
 
 
-# ---- Schedule, optimizer, augmentation ----
+# ---- Schedule and crop ----
 def test_the_rate_rises_to_lr_then_falls_to_0(monkeypatch):
     monkeypatch.setattr(ic, "LR", 2.0)
     rates = [ic.learning_rate(step, 100) for step in range(101)]
@@ -52,32 +52,22 @@ def test_the_rate_rises_to_lr_then_falls_to_0(monkeypatch):
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_no_decay_on_norms_biases_and_logit_scale(monkeypatch):
-    monkeypatch.setattr(ic, "WEIGHT_DECAY", 0.3)
-    model = tiny_model()
-    groups = ic.make_optimizer(model).param_groups
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        free = "ln_" in name or name.endswith(("bias", "logit_scale", "class_embedding"))
-        assert decay[id(parameter)] == (0 if free else 0.3), name
-
-
-def test_a_picture_is_cropped_and_flipped_by_its_draws(monkeypatch):
-    images, still = torch.rand(3, 3, 16, 16), torch.zeros(3, 4)
-    assert torch.allclose(ic.augment(images, still), images, atol=1e-5)
-    still[:, 3] = 0.9
-    assert torch.allclose(ic.augment(images, still), images.flip(-1), atol=1e-5)
+def test_a_picture_is_cropped_by_its_draws(monkeypatch):
+    images, middle = torch.rand(3, 3, 16, 16), torch.full((3, 3), 0.5)
+    monkeypatch.setattr(ic, "MIN_CROP", 1)
+    assert torch.allclose(ic.random_crop(images, middle), images, atol=1e-5)
     monkeypatch.setattr(ic, "MIN_CROP", 0.5)
-    corner = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(3, 4)  # the smallest, at the top left
+    corner = torch.tensor([[1.0, 0.0, 0.0]]).expand(3, 3)  # the smallest, at the top left
     expected = F.interpolate(images[:, :, :8, :8], size=16, mode="bilinear")[:, :, 1:-1, 1:-1]
-    assert torch.allclose(ic.augment(images, corner)[:, :, 1:-1, 1:-1], expected, atol=1e-5)
+    found = ic.random_crop(images, corner)[:, :, 1:-1, 1:-1]
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 # ---- The step against the textbook's ----
 def textbook_step(batch):
     """One graph, one backward(): (the loss, the gradients)."""
     model = tiny_model()
-    images = ic.augment(batch.pixels.float().div(255), batch.draws)
+    images = ic.random_crop(batch.pixels.float().div(255), batch.draws)
     image_features = F.normalize(model.encode_image((images - model.mean) / model.std), dim=-1)
     text_features = F.normalize(model.encode_text(batch.tokens[batch.inverse]), dim=-1)
     loss = ic.clip_loss(image_features, text_features, model.logit_scale)
