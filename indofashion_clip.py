@@ -523,7 +523,6 @@ def retry_on_oom(work, state, *arguments):
             pass
         torch.cuda.empty_cache()  # not inside except, where the error still holds the tensors
         if state.chunk == 1:
-            torch.ones((), requires_grad=True).backward()  # or torch crashes as Python ends
             sys.exit("out of memory even one pair at a time: set a smaller MODEL, new OUTPUT_PATH")
         state.chunk = -(-state.chunk // 2)
         tqdm.write(f"Out of memory: the same again, {state.chunk} pairs at a time.")

@@ -167,7 +167,7 @@ def test_out_of_memory_anywhere_leaves_the_step_as_it_is(monkeypatch, capsys, wh
 
 
 def test_no_memory_for_one_pair_ends_with_a_line(tmp_path, dataset):
-    """The error comes out of backward(), where torch leaves the interpreter to crash at its end."""
+    """The error comes out of backward(), after which torch can crash as the interpreter ends."""
     lines = """
         import torch
         real = ic.encode_images
