@@ -723,9 +723,10 @@ def save_run(state):
 
 def resume(state):
     """Go on from last.pt, where there is one. Stops where it is of another training."""
-    path, instead = f"{OUTPUT_PATH}/last.pt", "or set another OUTPUT_PATH to start anew"
+    path = f"{OUTPUT_PATH}/last.pt"
     if not os.path.exists(path):
         return
+    instead = "or set another OUTPUT_PATH to start anew"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         old, new = saved["made_from"], state.made_from

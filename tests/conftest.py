@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -96,6 +97,17 @@ def relative(one, other):
 
 def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def textbook_step(model, batch):
+    """By CLIP's own towers, all 77 tokens, one graph, one backward(): (the loss, the gradients)."""
+    pixels, draws, tokens, inverse = (part.to(model.mean.device) for part in batch)
+    images = ic.random_crop(pixels.float().div(255), draws)
+    image_features = F.normalize(model.encode_image((images - model.mean) / model.std), dim=-1)
+    text_features = F.normalize(model.encode_text(tokens[inverse]), dim=-1)
+    loss = ic.clip_loss(image_features, text_features, model.logit_scale)
+    loss.backward()
+    return loss.item(), gradients(model)
 
 
 # ---- The script ----

@@ -7,7 +7,16 @@ from itertools import count
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import gradients, make_batch, make_state, quick, relative, run_driver, tiny_model
+from conftest import (
+    gradients,
+    make_batch,
+    make_state,
+    quick,
+    relative,
+    run_driver,
+    textbook_step,
+    tiny_model,
+)
 
 import indofashion_clip as ic
 
@@ -64,19 +73,8 @@ def test_a_picture_is_cropped_by_its_draws(monkeypatch):
 
 
 # ---- The step against the textbook's ----
-def textbook_step(batch):
-    """One graph, one backward(): (the loss, the gradients)."""
-    model = tiny_model()
-    images = ic.random_crop(batch.pixels.float().div(255), batch.draws)
-    image_features = F.normalize(model.encode_image((images - model.mean) / model.std), dim=-1)
-    text_features = F.normalize(model.encode_text(batch.tokens[batch.inverse]), dim=-1)
-    loss = ic.clip_loss(image_features, text_features, model.logit_scale)
-    loss.backward()
-    return loss.item(), gradients(model)
-
-
 def assert_textbooks(state, loss, batch):
-    expected_loss, expected = textbook_step(batch)
+    expected_loss, expected = textbook_step(tiny_model(), batch)
     found, scale = gradients(state.model), state.scaler.get_scale()
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5) and found.keys() == expected.keys()
     assert max(relative(found[n] / scale, expected[n]) for n in expected) <= 1e-5

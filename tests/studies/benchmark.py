@@ -1,6 +1,6 @@
-"""What a step, an epoch and the input cost, here and elsewhere. Prints tables.
+"""How exact a step is, and what steps, an epoch and the input cost, here and elsewhere: tables.
 
-    python tests/studies/benchmark.py [FOLDER] [--only steps memory epoch input million]
+    python tests/studies/benchmark.py [FOLDER] [--only exactness steps memory epoch input million]
 
 FOLDER holds photographs as IndoFashion does: train_data.json and the pictures that it names; else
 the bundled sample's drawings stand in. ViT-B/32 with random weights, on the GPU if there is one;
@@ -29,7 +29,7 @@ DTYPE = str(ic.choose_precision(DEVICE))[6:]
 ROUNDS = 1 if QUICK else 2  # of steps; an epoch and a memory are measured once
 BATCHES = (4,) if QUICK else (256, 1024) if ON_GPU else (64,)  # of the steps
 SHRINK = 16 if QUICK else 1  # the memory part's batches
-EPOCH_ROWS, EPOCH_BATCH = (24, 8) if QUICK else (320, 64)
+EPOCH_ROWS, EPOCH_BATCH = (24, 8) if QUICK else (1_280, 64)
 ROWS, MILLION = (3_100, 5_000) if QUICK else (91_166, 1_000_000)  # IndoFashion's train split; more
 # Lengths in tokens of IndoFashion's titles, both ends included: val's 0, 5, … 100 % quantiles
 LENGTHS = [3, 6, 7, 8, 9, 9, 10, 10, 11, 12, 13, 14, 15, 16, 18, 19, 21, 23, 26, 30, 74]
@@ -137,12 +137,16 @@ def new_state(count, dtype, chunk=None):
     return conftest.make_state(model, chunk or count, scaler=scaler, precision=precision)
 
 
-def this_script(count, dtype, chunk=None):
-    state = new_state(count, dtype, chunk)
+def random_batch(count):
     pixels = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8)
     pixels = pixels.pin_memory() if ON_GPU else pixels
-    captions, which = random_tokens(count).unique(dim=0, return_inverse=True)
-    batch = ic.Batch(pixels, torch.rand(count, 3), captions, which)
+    return ic.Batch(
+        pixels, torch.rand(count, 3), *random_tokens(count).unique(dim=0, return_inverse=True)
+    )
+
+
+def this_script(count, dtype, chunk=None):
+    state, batch = new_state(count, dtype, chunk), random_batch(count)
     return lambda: ic.train_step(state, batch)
 
 
@@ -257,7 +261,41 @@ def useful_gflop(tokens):
     return (6 * (vision + text) + 4 * patches) / 1e9
 
 
+def differences(count, chunk):
+    """Of the loss and the gradients of a step from those of the textbook's step, in float32."""
+    batch = random_batch(count)
+
+    def textbook(batch):
+        return conftest.textbook_step(ic.load_clip(ic.MODEL).to(DEVICE), batch)
+
+    def here(dtype, chunk=None):
+        state = new_state(count, dtype, chunk)
+        state.scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
+        return ic.forward_backward(state, batch, []).item(), conftest.gradients(state.model)
+
+    exact_loss, exact = textbook(batch)
+    mirrored = {name: getattr(batch, name).flip(0) for name in ("pixels", "draws", "inverse")}
+    found = {"the textbook's step, its pairs turned round": textbook(batch._replace(**mirrored))}
+    found |= {"this script": here("float32")}
+    found |= {f"this script, in chunks of {chunk}": here("float32", chunk)}
+    if DTYPE != "float32":
+        found |= {f"this script in {DTYPE}": here(DTYPE)}
+    lines = {}
+    for name, (loss, gradients) in found.items():
+        apart = {n: conftest.relative(gradients[n], exact[n]) for n in exact}
+        whole = [torch.cat([g.flatten() for g in each.values()]) for each in (gradients, exact)]
+        lines[name] = {"loss": abs(loss / exact_loss - 1), "gradient": conftest.relative(*whole)}
+        lines[name]["worst parameter's gradient"] = max(apart.values())
+    return lines
+
+
 # ---- Parts: → {title: {row: {column: value}}} ----
+def exactness(folder, _):
+    count, chunk = (4, 2) if QUICK else (32, 8)
+    title = f"step of {count}, relative differences from the textbook's"
+    return {title: once(folder, f"lambda: differences({count}, {chunk})")}
+
+
 def steps(folder, _):
     tables = {}
     names = ("usual_recipe", "transformers", "open_clip", "sentence_transformers", "this_script")
@@ -397,7 +435,8 @@ def input_of_training(folder, source):
 
 
 def main():
-    parts = {"steps": steps, "memory": memory, "epoch": epoch, "input": input_of_training}
+    parts = {"exactness": exactness, "steps": steps, "memory": memory, "epoch": epoch}
+    parts["input"] = input_of_training
     parts["million"] = lambda folder, _: {"first batch of 256": starts(folder, SAMPLE, MILLION, 8)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", default=SAMPLE, type=Path)
