@@ -65,7 +65,7 @@ NUM_EPOCHS = 6  # people stop at 3 to 10: CLIP starts close and overfits soon
 LR = 1e-5  # the peak; people end up at 5e-6 to 3e-5, and 5e-5 forgets what CLIP knew
 WARMUP = 0.1  # share of the steps in which the learning rate rises to LR
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to it: one odd batch does no harm
-CLASS_PROMPT_SHARE = 0.25  # of the titles, replaced by a class prompt in each epoch: what is tested
+CLASS_PROMPT_SHARE = 0.25  # of the titles, replaced by a class prompt: accuracy is tested with it
 MIN_CROP = 0.9  # the least side of the random crop, as a share; 1 does not crop
 SEED = 0  # the same seed gives the same order, augmentation and, on CPU, weights
 
@@ -84,9 +84,9 @@ CLASS_NAMES = {  # better words than the label's own, with _ read as a space
     "sherwanis": "sherwani",
     "women_kurta": "women's kurta",
 }
-CHUNK_SIZE = None  # pairs encoded at a time; None: all, on a GPU halved until they fit
+CHUNK_SIZE = None  # pairs encoded at a time; None: all. A GPU halves it until they fit
 
-SAMPLE_RUN = {  # the run without a dataset: check_constants() puts these over those above
+SAMPLE_RUN = {  # the run without a dataset: these replace those above
     "IMAGE_PATH": "data/sample",
     "JSON_PATH": "data/sample/{split}_data.json",
     "OUTPUT_PATH": "outputs/sample",
@@ -189,11 +189,12 @@ def make_cache(cache_file, paths, resolution):
     def is_there():
         with suppress(OSError, ValueError), open(cache_file, "rb") as file:
             file.seek(size)
-            return file.read(64) == digest.hexdigest().encode() and json.load(file) is not None
+            same = file.read(64) == digest.hexdigest().encode()
+            return same and json.load(file) is not None  # a cut one raises
 
     if is_there():
         return
-    for leftover in Path(CACHE_PATH).glob("*.tmp"):
+    for leftover in Path(CACHE_PATH).glob("*.u8.*.tmp"):
         with suppress(OSError):
             if leftover.stat().st_mtime < time.time() - 3600:  # its run was killed
                 leftover.unlink()
@@ -207,7 +208,8 @@ def make_cache(cache_file, paths, resolution):
         pictures = (picture for part in parts for picture in threads.map(work, part))
         for row, (pixels, why) in enumerate(tqdm(pictures, "decoding", len(paths), **BAR)):
             file.write(pixels.numpy())
-            bad += [(row, why)] if why else []
+            if why:
+                bad.append((row, why))
         file.write(digest.hexdigest().encode() + json.dumps(bad).encode())
 
 
@@ -234,7 +236,8 @@ class FashionDataset(Dataset):
         places = {label: i for i, label in enumerate(class_labels)}
         self.labels = torch.tensor([places[label] for label in labels])
         prompts = [prompt for label in class_labels for prompt in class_prompts(label)]
-        texts = {text.lower(): text for text in (*captions, *prompts)}  # CLIP reads no capitals
+        # CLIP reads no capitals, but resolves entities first, where they matter: &Dagger; &dagger;
+        texts = {text.lower(): text for text in (*captions, *prompts)}
         self.tokens = clip.tokenize(list(texts.values()), truncate=True).int()
         ids = {text: i for i, text in enumerate(texts)}
         self.caption_ids = torch.tensor([ids[caption.lower()] for caption in captions])
@@ -246,8 +249,8 @@ class FashionDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, rows):
-        shape, pinned = (len(rows), *self.pixels.shape[1:]), torch.cuda.is_available()
-        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        shape = (len(rows), *self.pixels.shape[1:])
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         torch.index_select(self.pixels, 0, self.cache_rows[rows], out=pixels)
         return pixels, self.tokens[self.caption_ids[rows]]
 
@@ -265,6 +268,8 @@ def read_split(split, json_path, resolution):
     skipped = sorted(skipped + [(records[row].line, why) for row, why in bad.items()])
     usable = [record for record in records if record.cache_row not in bad]
     if len(skipped) > len(usable):
+        with suppress(OSError):  # what is mended, a right to read, may leave the files' times alone
+            os.remove(cache_file)
         first = "line {}: {}".format(*skipped[0])
         sys.exit(f"{json_path}: most rows are bad; {first}. Check IMAGE_PATH and this file")
     return usable, pixels, [{"split": split, "line": line, "reason": why} for line, why in skipped]
@@ -328,7 +333,7 @@ def epoch_batches(dataset, epoch, batch_size, first_step=0):
 
 def load_ahead(load, batches):
     """Yield load(rows) of each batch of rows; for a GPU a thread loads the next meanwhile."""
-    if not torch.cuda.is_available():  # a CPU that computes has no core for it: 1.6 times as slow
+    if not torch.cuda.is_available():  # beside a CPU that computes it was 1.6 times as slow
         yield from map(load, batches)
         return
     with ThreadPoolExecutor(1) as thread:
@@ -506,8 +511,8 @@ def in_chunks(state, encode, *inputs):
 
     if len(inputs[0]) <= state.chunk:
         return work(None, *inputs)
-    # Reentrant builds no graph before backward(), whose nodes, between the tensors freed meanwhile,
-    # made a CPU's memory peak an eighth higher. It needs an input with a gradient: logit_scale.
+    # Reentrant builds no graph before backward(): the other kind's made a CPU's memory peak an
+    # eighth higher. It needs an input that has a gradient: logit_scale.
     again = functools.partial(checkpoint, work, state.model.logit_scale)
     chunks = zip(*(rows.split(state.chunk) for rows in inputs), strict=True)
     features = [again(*rows, use_reentrant=True, preserve_rng_state=False) for rows in chunks]
@@ -523,7 +528,7 @@ def retry_on_oom(work, state, *arguments):
             pass
         torch.cuda.empty_cache()  # not inside except, where the error still holds the tensors
         if state.chunk == 1:
-            sys.exit("out of memory even one pair at a time: set a smaller MODEL, new OUTPUT_PATH")
+            sys.exit("out of memory even at one pair: set a smaller MODEL and another OUTPUT_PATH")
         state.chunk = -(-state.chunk // 2)
         tqdm.write(f"Out of memory: the same again, {state.chunk} pairs at a time.")
 
@@ -569,7 +574,7 @@ def train_step(state, batch):
 
 
 def make_optimizer(model):
-    """Adam as CLIP was trained with, but for weight decay, which changed nothing measurable."""
+    """Adam as CLIP's ViT were trained, but for weight decay, which changed nothing measurable."""
     how = {"betas": (0.9, 0.98), "eps": 1e-6, "fused": True}
     return torch.optim.Adam(model.parameters(), lr=0.0, **how)  # train_epoch sets each step's rate
 
@@ -622,7 +627,7 @@ def evaluate(state, dataset):
     Returns (metrics, confusion int64 [K, K] by true and predicted class, image_features [N, D],
     text_features [C, D]).
     """
-    start = time.monotonic()
+    start = time.perf_counter()
     pictures = load_ahead(lambda rows: dataset[rows][0], torch.arange(len(dataset)).split(256))
     image_features = encode_all(state, encode_images, pictures)
     text_features = encode_all(state, encode_texts, dataset.tokens.split(256))
@@ -643,7 +648,7 @@ def evaluate(state, dataset):
     accuracy = right.sum().item() / len(dataset)
     metrics = {"loss": loss, "accuracy": accuracy, "macro_f1": f1.mean().item()}
     metrics |= retrieval_recall(image_features, text_features, caption_ids)
-    seconds = time.monotonic() - start
+    seconds = time.perf_counter() - start
     metrics |= {"seconds": seconds, "pairs_per_second": len(dataset) / seconds}
     return metrics, confusion, image_features, text_features
 
@@ -675,7 +680,7 @@ class State:
     finished: bool = False
 
 
-HYPERPARAMETERS = """MODEL BATCH_SIZE NUM_EPOCHS LR WARMUP MAX_GRAD_NORM MIN_CROP SEED
+HYPERPARAMETERS = """MODEL NUM_EPOCHS LR WARMUP MAX_GRAD_NORM MIN_CROP SEED
     CLASS_PROMPT_SHARE PROMPTS CLASS_NAMES"""  # what makes a training what it is
 PROGRESS = ("history", "epoch", "step", "loss_sum", "finished")
 
@@ -688,15 +693,15 @@ def new_state(model, splits):
         sys.exit(f"{WORLD_SIZE} processes cannot share a batch of {pairs}: start fewer")
     batch_size = share * WORLD_SIZE
     made_from = {name: globals()[name] for name in HYPERPARAMETERS.split()}
-    made_from["BATCH_SIZE"] = batch_size  # in use
+    made_from["BATCH_SIZE in equal shares"] = batch_size
     for split, dataset in splits.items():
         rows = repr(dataset.records).encode("utf-8", "replace")
         made_from[f"the rows of {split}"] = hashlib.sha256(rows).hexdigest()[:12]
     precision = choose_precision(model.mean.device)
     scaler = torch.amp.GradScaler(model.mean.device.type, enabled=precision == torch.float16)
     steps, chunk = len(splits["train"]) // batch_size, min(CHUNK_SIZE or share, share)
-    parts = (model, make_optimizer(model), scaler, precision)
-    return State(*parts, batch_size, steps, chunk, made_from)
+    optimizer = make_optimizer(model)
+    return State(model, optimizer, scaler, precision, batch_size, steps, chunk, made_from)
 
 
 def check_finite(state):
@@ -747,7 +752,7 @@ def resume(state):
 
 def train_epoch(state, dataset, bar):
     """Train from step state.step to the epoch's end, saving every 10 minutes → metrics of it."""
-    first, start = state.step, time.monotonic()
+    first, start = state.step, time.perf_counter()
     saved = start
     for batch in epoch_batches(dataset, state.epoch, state.batch_size, first):
         step = (state.epoch - 1) * state.steps + state.step
@@ -758,13 +763,15 @@ def train_epoch(state, dataset, bar):
         bar.update()
         if state.step % 20 == 0:
             bar.set_postfix(loss=f"{check_finite(state):.3f}")
-        if time.monotonic() > saved + 600:
+        if time.perf_counter() > saved + 600:
             save_run(state)
-            saved = time.monotonic()
+            saved = time.perf_counter()
         stop_if_signalled(state)
-    loss, seconds = check_finite(state), time.monotonic() - start
-    speed = (state.steps - first) * state.batch_size / seconds
-    return {"train_loss": loss, "seconds": seconds, "pairs_per_second": speed}
+    metrics = {"train_loss": check_finite(state)}
+    if state.step > first:  # else it was interrupted after the last step
+        metrics["seconds"] = time.perf_counter() - start
+        metrics["pairs_per_second"] = (state.step - first) * state.batch_size / metrics["seconds"]
+    return metrics
 
 
 def log(state, split, epoch, metrics):
@@ -786,7 +793,7 @@ def train(state, splits):
         while state.epoch <= NUM_EPOCHS:
             trained = train_epoch(state, splits["train"], bar) if state.epoch > 0 else {}
             metrics, *_ = evaluate(state, splits["val"])
-            log(state, "val", state.epoch, metrics | trained)
+            log(state, "val", state.epoch, metrics | trained)  # with training's time
             if best_line(state.history) is state.history[-1] and RANK == 0:
                 weights = {name: w.cpu() for name, w in state.model.state_dict().items()}
                 with atomic_write(f"{OUTPUT_PATH}/best.pt") as file:
@@ -826,8 +833,9 @@ def prepare_machine():
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a notebook's own
-            stream.reconfigure(errors="replace")  # Windows' code pages lack most letters
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # one bad picture, left out
+            # Windows' code pages lack most letters; a pipe, or a log, is to be read as it grows.
+            stream.reconfigure(errors="replace", line_buffering=True)
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # leaves that picture out
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if cuda:
@@ -871,7 +879,7 @@ def barrier():
 
 
 def in_turns(work, turn, turns):
-    """work(), by each process in its turn of so many, after those of the earlier turns."""
+    """work() in every process: first in those whose turn is 0, then 1, and so on."""
     for now in range(turns):
         if now == turn:
             result = work()
@@ -889,7 +897,7 @@ def stop_if_signalled(state):
     """End the run, saved, where one of its processes was told to by Ctrl-C or SIGTERM."""
     told = int(all_reduce(torch.tensor(max(state.signals, default=0)), dist.ReduceOp.MAX))
     if told:
-        if state.epoch <= NUM_EPOCHS:  # later all is saved, and other weights are evaluated
+        if state.epoch <= NUM_EPOCHS:  # later all is saved, and the model has other weights
             save_run(state)
         say(f"Stopped and saved in {OUTPUT_PATH}/last.pt: the same command goes on from there.")
         barrier()
@@ -928,7 +936,7 @@ def write_lines(name, rows):
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-RULES = {  # constants: (what each must be, whether it is), the folders to make last
+RULES = {  # constants: (what each must be, whether it is); the last makes its folders
     "IMAGE_PATH": ("a folder that is there", os.path.isdir),
     "JSON_PATH": ("a file's path", lambda v: os.path.isfile(v.replace("{split}", "train"))),
     "MODEL": ("text in quotes", lambda v: isinstance(v, str)),
@@ -952,7 +960,8 @@ def check_constants():
     constants = globals()
     if IMAGE_PATH == "data/indo-fashion" and not os.path.isdir(IMAGE_PATH):
         say("IndoFashion is not in data/indo-fashion. To get it, see data/README.md or")
-        say("www.kaggle.com/datasets/validmodel/indo-fashion-dataset. Running the bundled sample.")
+        say("www.kaggle.com/datasets/validmodel/indo-fashion-dataset. Running the bundled sample,")
+        say("whose constants are those in SAMPLE_RUN.")
         constants.update(SAMPLE_RUN if isinstance(SAMPLE_RUN, dict) else {})
     if isinstance(PROMPTS, str):  # a forgotten comma
         constants["PROMPTS"] = (PROMPTS,)
@@ -991,14 +1000,19 @@ def draw_curves(history, best_epoch):
 
 
 def draw_confusion(class_labels, confusions):
-    """confusion.png: of each class, the percentages taken for each class, before and after."""
-    names = [textwrap.fill(label.replace("_", " "), 30, max_lines=2) for label in class_labels]
+    """confusion.png: of each class, the percentages taken for each class, before and after.
+
+    Of more than 60 classes, those with the most pictures.
+    """
+    shown = confusions[0].sum(1).topk(min(60, len(class_labels))).indices.sort().values
+    labels = [class_labels[i].replace("_", " ") for i in shown]
+    names = [textwrap.fill(label, 30, max_lines=2) for label in labels]
     side = max(2.5, 0.32 * len(names))  # inches
     margin = 0.8 + 0.08 * max(len(line) for name in names for line in name.split("\n"))
     figure = Figure(figsize=(2 * side + margin, side + margin + 0.3), layout="constrained")
     panels, whens = figure.subplots(1, 2, sharey=True), ("before training", "after")
     for panel, confusion, when in zip(panels, confusions, whens, strict=True):
-        shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+        shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1))[shown][:, shown]
         panel.imshow(shares.numpy(), cmap="Greens", vmin=0, vmax=1)
         for true, predicted in shares.ge(0.005).nonzero().tolist():
             share = float(shares[true, predicted])
@@ -1013,7 +1027,7 @@ def draw_confusion(class_labels, confusions):
 
 
 def picture_strip(dataset, rows, query):
-    """The rows' pictures side by side, uint8 [H, W, 3], framed where they answer the query's."""
+    """The rows' pictures side by side, uint8 [H, W, 3]: dark frame: same caption; light: class."""
     edge = max(2, dataset.pixels.shape[-1] // 16)
     strip = []
     for row in rows:
@@ -1054,7 +1068,7 @@ def main():
     turn = (RANK > 0) + (LOCAL_RANK > 0)  # the first downloads, then each machine's first
     model = in_turns(lambda: load_clip(MODEL), turn, 3).to(device)
     resolution = model.visual.input_resolution
-    splits = in_turns(lambda: load_splits(resolution), LOCAL_RANK > 0, 2)
+    splits = in_turns(lambda: load_splits(resolution), int(LOCAL_RANK > 0), 2)
     state = new_state(model, splits)
     resume(state)
     if state.finished:

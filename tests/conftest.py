@@ -91,6 +91,13 @@ def make_batch(count, seed=0):
     return ic.Batch(pixels, draws, ic.clip.tokenize(titles), which)
 
 
+def toy_dataset(labels, captions):
+    about = enumerate(zip(captions, labels, strict=True))
+    records = [ic.Record(i, i, "", *caption_and_label, True) for i, caption_and_label in about]
+    pixels = torch.zeros(len(records), 3, 64, 64, dtype=torch.uint8)
+    return ic.FashionDataset(records, pixels, sorted(set(labels)))
+
+
 def relative(one, other):
     return ((one - other).norm() / other.norm().clamp(min=1e-12)).item()
 
@@ -131,14 +138,13 @@ def edited_script(folder, **constants):
 
 def launch(script, *arguments, processes=1, code=0, torchrun=(), **variables):
     """The output of a script run in a process of its own, or by torchrun in several."""
-    command = [sys.executable, "-u"]
+    command = [sys.executable]
     if processes > 1 or torchrun:
         nodes = torchrun or ("--standalone",)
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *nodes]
     command += [str(script), *map(str, arguments)]
-    variables = (
-        {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(script.parent)} | variables
-    )
+    ours = {"PYTHONPATH": str(script.parent), "PYTHONUNBUFFERED": ""}
+    variables = {"OMP_NUM_THREADS": "1"} | os.environ | ours | variables
     how = {"cwd": script.parent, "env": variables, "encoding": "utf-8", "errors": "replace"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, timeout=300, **how, **pipes)

@@ -22,6 +22,7 @@ from conftest import (
     run_script,
     same_weights,
     tiny_model,
+    toy_dataset,
     weights,
     write_lines,
 )
@@ -145,13 +146,19 @@ def test_a_finished_run_is_left_alone_and_another_refused_by_name(tmp_path, unto
     paths = {"JSON_PATH": str(tmp_path / "{split}.json")}
     changes = paths | {"LR": 2e-3, "SEED": 4, "BATCH_SIZE": 1000}
     output = run_script(tmp_path, code=1, **constants | changes)
-    for words in ("LR was 0.001, is 0.002", "SEED was 0, is 4", "BATCH_SIZE was 8, is 43"):
+    for words in ("LR was 0.001, is 0.002", "SEED was 0, is 4", "equal shares was 8, is 43"):
         assert words in output  # 43: the rows that there are
     assert "the rows of train was" in output and "rows of val" not in output
     assert "OUTPUT_PATH" in output
     output = run_script(tmp_path, code=1, **constants | {"MODEL": "outputs/best.pt"})
     assert "MODEL was" in output and "is outputs/best.pt" in output
     assert before == [(p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(outputs.glob("*.pt"))]
+
+
+def test_an_epoch_resumed_after_its_last_step_has_no_speed():
+    """Interrupted while it was evaluated: what is left of it takes no time, which divides badly."""
+    state = make_state(epoch=1, step=3, loss_sum=6.0)
+    assert ic.train_epoch(state, toy_dataset("xxxx", "abcd"), bar=None) == {"train_loss": 2.0}
 
 
 def test_a_foreign_last_pt_is_refused_and_left_alone(tmp_path, untouched):

@@ -14,8 +14,10 @@ from conftest import (
     quick,
     read_lines,
     read_metrics,
+    run_driver,
     run_script,
     tiny_model,
+    toy_dataset,
     weights,
     write_lines,
 )
@@ -58,6 +60,16 @@ def test_one_picture_a_split_with_prompts_of_any_kind(tmp_path, prompts, epochs)
     assert [line["accuracy"] for line in read_metrics(tmp_path)] == [1.0] * (epochs + 2)
 
 
+def test_what_is_said_is_read_at_once_in_a_pipe(tmp_path):
+    lines = """
+        import os
+        ic.prepare_machine()
+        ic.say("heard")
+        os._exit(0)  # as a kill: nothing is flushed
+    """
+    assert run_driver(tmp_path, lines, {}) == "heard\n"
+
+
 # ---- Without a dataset ----
 def test_the_bundled_sample_is_learned(tmp_path):
     """The README's first command, without its set-up."""
@@ -65,7 +77,7 @@ def test_the_bundled_sample_is_learned(tmp_path):
     (tmp_path / "data/sample").symlink_to(ROOT / "data/sample")
     output = run_script(tmp_path)
     lines = read_lines(tmp_path / "outputs/sample/metrics.jsonl")
-    assert "kaggle" in output and lines[0]["accuracy"] <= 0.2
+    assert "kaggle" in output and "SAMPLE_RUN" in output and lines[0]["accuracy"] <= 0.2
     assert lines[-1]["accuracy"] >= 0.85 and lines[-1]["text_to_image_r5"] >= 0.5
 
 
@@ -157,19 +169,23 @@ def test_awkward_datasets_are_drawn(tmp_path, classes, val_rows):
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
 
 
-def toy_dataset(labels, captions):
-    about = enumerate(zip(captions, labels, strict=True))
-    records = [ic.Record(i, i, "", *caption_and_label, True) for i, caption_and_label in about]
-    pixels = torch.zeros(len(records), 3, 64, 64, dtype=torch.uint8)
-    return ic.FashionDataset(records, pixels, sorted(set(labels)))
-
-
 def test_frames_tell_right_from_wrong():
     """Dark around the caption's own picture, light around one of its class, white around others."""
     strip = ic.picture_strip(toy_dataset("xxy", "abc"), [0, 1, 2], 0)
     assert strip.shape == (72, 3 * 76, 3) and strip.dtype == "uint8"
     dark, light, white = (int(strip[1, 76 * i + 1].sum()) for i in range(3))
     assert dark < light < white == 3 * 255 and strip[36, 36].sum() == 0
+
+
+def test_of_many_classes_the_largest_are_drawn(monkeypatch):
+    """A thousand would be a picture of gigabytes."""
+    monkeypatch.setattr(ic, "save_figure", lambda name, figure: figures.append(figure))
+    figures, labels = [], [f"class {i}" for i in range(1000)]
+    ic.draw_confusion(labels, [torch.diag(torch.arange(1000)), torch.ones(1000, 1000)])
+    [figure] = figures
+    before = figure.axes[0]
+    assert [text.get_text() for text in before.get_xticklabels()] == labels[-60:]
+    assert max(figure.get_size_inches()) <= 50 and before.images[0].get_array().shape == (60, 60)
 
 
 def test_the_searched_captions_are_distinct_and_their_pictures_the_nearest(monkeypatch):

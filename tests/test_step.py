@@ -177,7 +177,7 @@ def test_no_memory_for_one_pair_ends_with_a_line(tmp_path, dataset):
         ic.main()
     """
     output = run_driver(tmp_path, lines, quick(dataset, CHUNK_SIZE=2), code=1)
-    assert output.splitlines()[-1].startswith("out of memory even one pair at a time")
+    assert output.splitlines()[-1].startswith("out of memory even at one pair")
     assert "Traceback" not in output
 
 
