@@ -55,7 +55,7 @@ STRUCK = """
     torch.set_num_threads(1)
     for where, call, number in {moments}:  # each in a process of its own, on from the last
         if os.fork() > 0:
-            print("ENDED", os.waitstatus_to_exitcode(os.wait()[1]))
+            print("ENDED", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
             continue
         owner, name = where.split(".")
         real, calls = getattr(globals()[owner], name), []
