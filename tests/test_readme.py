@@ -149,7 +149,7 @@ def test_the_notebooks_cell_and_sed(tmp_path, dataset):
     cell = block("%%bash").replace("/kaggle/input", str(tmp_path)).splitlines()[1:]
     cell = [line for line in cell if not line.startswith(("pip", "torchrun"))]
     (folder := tmp_path / "working").mkdir()
-    for line in ("\n".join(cell), *re.findall(r"`(sed .*)`", README)):
+    for line in ("\n".join(cell), *re.findall(r"`(sed [^`]*)`", README)):
         subprocess.run(["bash", "-ec", line], check=True, cwd=folder)
     script = folder / "indofashion_clip.py"
     constants = runpy.run_path(str(script))
