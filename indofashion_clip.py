@@ -20,6 +20,7 @@ import ctypes
 import functools
 import hashlib
 import html
+import importlib.util
 import json
 import math
 import mmap
@@ -41,17 +42,26 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 from tqdm import tqdm
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "pkg_resources is deprecated")
-    import clip
+try:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+        import clip
+    _ = clip.tokenize, clip.model.CLIP
+except Exception as error:  # another package of that name may raise anything
+    found = getattr(importlib.util.find_spec("clip"), "origin", "nowhere")
+    advice = "rename that file or uninstall that package, then: pip install -r requirements.txt"
+    sys.exit(f"'import clip' finds {found}, not OpenAI's CLIP ({error!r:.200}): {advice}")
 
 # ---- Constants: what a user edits ----------------------------------------------------------------
 IMAGE_PATH = "data/indo-fashion"  # the folder that image_path in a row is relative to
@@ -59,7 +69,7 @@ JSON_PATH = "data/indo-fashion/{split}_data.json"  # {split} stands for train, v
 OUTPUT_PATH = "outputs"  # weights, metrics, pictures; one for each training
 CACHE_PATH = "data/cache"  # decoded pictures, 150 KB each at 224 pixels; on a fast disk
 
-MODEL = "ViT-B/32"  # a name from clip.available_models(), a .pt file, or "tiny"
+MODEL = "ViT-B/32"  # or another name of HUB_NAMES, a file, a repository of the Hugging Face hub
 BATCH_SIZE = 256  # pairs a step; each is a negative of the others, so larger learns more
 NUM_EPOCHS = 6  # people stop at 3 to 10: CLIP starts close and overfits soon
 LR = 1e-5  # the peak; people end up at 5e-6 to 3e-5, and 5e-5 forgets what CLIP knew
@@ -343,14 +353,113 @@ def load_ahead(load, batches):
 
 
 # ---- Model ---------------------------------------------------------------------------------------
-def read_weights(path):
-    """The state_dict in a TorchScript archive, as OpenAI's are, or in a file of one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit.load is deprecated, yet OpenAI's files need it
+HUB_NAMES = {  # OpenAI's models as plain tensors: timm/….openai
+    "RN50": "resnet50_clip",
+    "RN101": "resnet101_clip",
+    "RN50x4": "resnet50x4_clip",
+    "RN50x16": "resnet50x16_clip",
+    "RN50x64": "resnet50x64_clip",
+    "ViT-B/32": "vit_base_patch32_clip_224",
+    "ViT-B/16": "vit_base_patch16_clip_224",
+    "ViT-L/14": "vit_large_patch14_clip_224",
+    "ViT-L/14@336px": "vit_large_patch14_clip_336",
+}
+PIXEL_MEAN = [0.48145466, 0.4578275, 0.40821073]
+PIXEL_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+def check_config(config):
+    """Raise ValueError where an open_clip_config.json describes another form than OpenAI's CLIP."""
+    model, preprocessing = config["model_cfg"], config.get("preprocess_cfg", {})
+    sizes = {"embed_dim", "vision_cfg", "text_cfg", "image_size", "layers", "width", "patch_size"}
+    form = {"context_length": 77, "vocab_size": 49408, "heads": model["text_cfg"]["width"] // 64}
+    form |= {"quick_gelu": True, "head_width": 64, "mlp_ratio": 4, "mode": "RGB"}
+    form |= {"mean": PIXEL_MEAN, "std": PIXEL_STD}
+    form |= {"interpolation": "bicubic", "resize_mode": "shortest"}
+    found = {"quick_gelu": False} | model | model["vision_cfg"] | model["text_cfg"] | preprocessing
+    different = [
+        f"{name} is {value}, not {form[name]}" if name in form else f"{name} is {value}"
+        for name, value in found.items()
+        if name not in sizes | {"size"} and value != form.get(name) and (value or name in form)
+    ]
+    if different:
+        raise ValueError(f"it differs from OpenAI's CLIP: {'; '.join(different)}")
+
+
+def hub_file(repository, name):
+    """The path of a repository's file, from the hub's cache or downloaded; None if it has none."""
+    with suppress(LocalEntryNotFoundError):
+        return hf_hub_download(repository, name, local_files_only=True)
+    try:
+        return hf_hub_download(repository, name)
+    except LocalEntryNotFoundError:  # the hub cannot be reached
+        raise
+    except EntryNotFoundError:
+        return None
+
+
+def hub_weights(repository):
+    """The path of a hub repository's weights. Its form is checked before they are downloaded."""
+    config = hub_file(repository, "open_clip_config.json")
+    if config is None:
+        hint = 'OpenAI\'s own models are MODEL = "ViT-B/32" and the like'
+        raise ValueError(f"that repository has no open_clip_config.json; {hint}")
+    check_config(json.loads(Path(config).read_text(encoding="utf-8")))
+    names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return next(filter(None, (hub_file(repository, name) for name in names)))
+
+
+def find_weights(name):
+    """The path of MODEL's weights: a file as it is, clip's earlier download, else the hub's."""
+    if name not in HUB_NAMES:
+        suffix = Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors")
+        is_path = os.path.exists(name) or suffix or name.count("/") != 1
+        return name if is_path else hub_weights(name)
+    url, repository = clip.clip._MODELS[name], f"timm/{HUB_NAMES[name]}.openai"
+    cached = Path("~/.cache/clip").expanduser() / os.path.basename(url)
+    if cached.is_file() and hashlib.sha256(cached.read_bytes()).hexdigest() == url.split("/")[-2]:
+        return str(cached)
+    sources = {"the hub": lambda: hub_weights(repository)}
+    sources["OpenAI's link"] = lambda: clip.clip._download(url, str(cached.parent))
+    reasons = []
+    for source, download in sources.items():
         try:
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        except RuntimeError:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return download()
+        except Exception as error:
+            reasons.append(f"{source} says {brief(error)}")
+    link = f"https://huggingface.co/{repository}/resolve/main/open_clip_model.safetensors"
+    advice = f'Download {link} yourself and set MODEL = "path/to/open_clip_model.safetensors"'
+    raise OSError(f"{'; '.join(reasons)}. {advice}")
+
+
+def read_weights(path):
+    """The tensors of a CLIP in a file, under OpenAI's names.
+
+    The file: safetensors, a TorchScript archive as OpenAI's are, or a dictionary of tensors, which
+    may lie in a checkpoint's "state_dict", "model_state_dict" or "model".
+    """
+    if str(path).endswith(".safetensors"):
+        weights = load_file(path)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit.load is deprecated; OpenAI's files need it
+            try:
+                weights = torch.jit.load(path, map_location="cpu").state_dict()
+            except RuntimeError:
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        weights = weights.get(wrapper, weights)
+    if any(name.startswith("vision_model.") for name in weights):
+        raise ValueError("its tensors have transformers' names; take that model from the hub")
+    words = "token_embedding.weight"  # what others put before all names stands before this one
+    prefix = next((name.removesuffix(words) for name in weights if name.endswith(words)), "")
+    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    if not {words, "positional_embedding", "visual.conv1.weight"} <= weights.keys():
+        raise ValueError(f"it holds {len(weights)} entries ({', '.join(weights):.100}), not a CLIP")
+    sizes = len(weights["positional_embedding"]), len(weights[words])
+    if sizes != (77, 49408):
+        raise ValueError(f"its text length and vocabulary are {sizes}, not (77, 49408)")
+    return weights
 
 
 def load_clip(name):
@@ -360,18 +469,14 @@ def load_clip(name):
             torch.manual_seed(SEED)
             image, text = (64, 2, 128, 16), (77, 49408, 128, 2, 2)  # pixels, layers, width, patch
             model = clip.model.CLIP(64, *image, *text)  # tokens, words, width, heads, layers
-        elif name in clip.available_models():
-            model, _ = clip.load(name, device="cpu")
         else:
-            weights = read_weights(name)
+            weights = read_weights(find_weights(name))
             model = clip.model.build_model(weights).float()
             model.load_state_dict(weights)  # build_model has rounded them to half precision
     except Exception as error:  # a damaged file raises nearly anything
-        names = ", ".join(["tiny", *clip.available_models()])
-        advice = f"It may be a .pt file or, if the internet is there, one of {names}"
-        sys.exit(f"MODEL: cannot load {name!r} ({error!r:.300}). {advice}")
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    for buffer, values in {"mean": mean, "std": std}.items():  # of CLIP's pixels
+        kinds = f"a file, a repository of the hub, or one of {', '.join(['tiny', *HUB_NAMES])}"
+        sys.exit(f"MODEL: cannot load {name!r}: {brief(error, 1200)}. MODEL may be {kinds}")
+    for buffer, values in {"mean": PIXEL_MEAN, "std": PIXEL_STD}.items():
         model.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
     return model.float().eval()
 
@@ -908,6 +1013,12 @@ def say(line):
     """Print above the progress bar, from the first process only."""
     if RANK == 0:
         tqdm.write(line)
+
+
+def brief(error, limit=300):
+    """An error, or what caused it, in one line."""
+    error = error.__cause__ or error
+    return " ".join(f"{type(error).__name__}: {error}".split())[:limit].rstrip(".")
 
 
 # ---- Files and constants -------------------------------------------------------------------------
