@@ -83,7 +83,7 @@ LR = 1e-5  # the peak; people end up at 5e-6 to 3e-5, and report that 5e-5 forge
 WARMUP = 0.1  # the fraction of the steps in which the learning rate rises to LR
 MAX_GRAD_NORM = 1.0  # the gradient's norm is clipped to it: one odd batch does no harm
 CLASS_PROMPT_SHARE = 0.25  # of the titles are replaced by a class prompt, as accuracy is tested
-MIN_CROP = 0.9  # the smallest random crop, as a fraction of the side; 1 does not crop
+MIN_CROP = 1.0  # the smallest random crop, as a fraction of the side; 1 does not crop
 SEED = 0  # the same seed gives the same order, augmentation and, on a CPU, weights
 
 PROMPTS = ("a photo of a {}", "a product photo of a {}", "a {} for sale")  # averaged
