@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain, pairwise, product
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import psutil
@@ -1107,16 +1108,15 @@ def check_config(config):
         raise ValueError(f"it differs from OpenAI's CLIP: {', '.join(other)}")
 
 
-def hub_file(repository, name):
-    """The path of a repository's file, from the hub's cache or downloaded; None if it has none."""
-    with suppress(LocalEntryNotFoundError):
-        return hf_hub_download(repository, name, local_files_only=True)
-    try:
-        return hf_hub_download(repository, name)
-    except LocalEntryNotFoundError:  # the hub cannot be reached
-        raise
-    except EntryNotFoundError:
-        return None
+def hub_file(repository, *names):
+    """The path of the first of these files that a repository has, downloaded if need be; or None."""
+    for cached, name in product((True, False), names):
+        try:
+            return hf_hub_download(repository, name, local_files_only=cached)
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError) and not cached:
+                raise  # the hub cannot be reached
+    return None
 
 
 def hub_weights(repository):
@@ -1127,7 +1127,10 @@ def hub_weights(repository):
         raise ValueError(f"that repository has no open_clip_config.json; {hint}")
     check_config(json.loads(Path(config).read_text(encoding="utf-8")))
     names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    return next(filter(None, (hub_file(repository, name) for name in names)))
+    weights = hub_file(repository, *names)
+    if weights is None:
+        raise ValueError(f"that repository has no {' or '.join(names)}")
+    return weights
 
 
 def find_weights(name):
@@ -1153,6 +1156,17 @@ def find_weights(name):
     raise OSError(f"{'; '.join(reasons)}. {advice}")
 
 
+def load_dictionary(path):
+    """The dictionary that torch.save wrote to a file, if it is of tensors and plain values."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, UnpicklingError) as error:  # torch's advice is to run what the file says
+        found = str(error).partition("GLOBAL ")[2].split()[:1]
+        what = f"also {found[0]}; save model.state_dict() alone" if found else "no tensors"
+        raise ValueError(f"it holds {what}") from None
+    return held if isinstance(held, dict) else {type(held).__name__: held}
+
+
 def read_weights(path):
     """The tensors of a CLIP in a file, under OpenAI's names.
 
@@ -1167,9 +1181,11 @@ def read_weights(path):
             try:
                 weights = torch.jit.load(path, map_location="cpu").state_dict()
             except RuntimeError:
-                weights = torch.load(path, map_location="cpu", weights_only=True)
+                weights = load_dictionary(path)
     for wrapper in ("state_dict", "model_state_dict", "model"):
-        weights = weights.get(wrapper, weights)
+        inner = weights.get(wrapper)
+        weights = inner if isinstance(inner, dict) else weights
+    weights = {str(name): tensor for name, tensor in weights.items()}
     if any(name.startswith("vision_model.") for name in weights):
         raise ValueError("its tensors have transformers' names; take that model from the hub")
     words = "token_embedding.weight"  # what others put before all names stands before this one
