@@ -798,15 +798,10 @@ class FashionDataset(Dataset):
 
     def __init__(self, usable, pixels, class_names):
         cache_rows, self.examples = zip(*usable, strict=True)
-        self.cache_rows, self.pixels, self.class_names = (
-            torch.tensor(cache_rows),
-            pixels,
-            class_names,
-        )
+        self.cache_rows = torch.tensor(cache_rows)
+        self.pixels, self.class_names = pixels, class_names
         number = {name: i for i, name in enumerate(class_names)}
-        self.labels = torch.tensor(
-            [number.get(example.class_name, -1) for example in self.examples]
-        )
+        self.labels = torch.tensor([number.get(e.class_name, -1) for e in self.examples])
         self.captions = [caption for example in self.examples for caption in example.captions]
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
         self.tokens, self.ids = tokenize(self.captions + prompts)
@@ -830,10 +825,8 @@ class FashionDataset(Dataset):
 
     def __getitem__(self, index):
         rows = self.cache_rows[index]
-        pixels = self.pixels.index_select(0, rows.flatten()).view(
-            *rows.shape, *self.pixels.shape[1:]
-        )
-        return pixels, self.tokens[self.text_ids[index]]
+        pixels = self.pixels.index_select(0, rows.flatten())
+        return pixels.view(rows.shape + pixels.shape[1:]), self.tokens[self.text_ids[index]]
 
 
 def say_what_is_missing(path, columns, examples, class_names):
@@ -851,7 +844,8 @@ def say_what_is_missing(path, columns, examples, class_names):
 def load_split(split, path, examples, skipped, resolution):
     """→ ([(cache row, Example)] of what is usable, all pixels, lines of skipped.jsonl)."""
     paths = [os.path.join(IMAGE_PATH, example.image_path) for example in examples]
-    pixels, unusable, cache_file = open_cache(split, paths, resolution)
+    nothing = None, {}, ""
+    pixels, unusable, cache_file = open_cache(split, paths, resolution) if paths else nothing
     usable = [(row, example) for row, example in enumerate(examples) if row not in unusable]
     skipped = sorted(skipped + [(examples[row].line, reason) for row, reason in unusable.items()])
     if len(skipped) > len(usable):
@@ -885,13 +879,11 @@ def load_splits(resolution):
         usable[split], pixels[split], lines = *loaded[:2], lines + loaded[2]
     write_lines("skipped.jsonl", lines)
     if "val" not in usable:
-        held_out, entries = hold_out([example for _, example in usable["train"]]), usable["train"]
+        entries, pixels["val"] = usable["train"], pixels["train"]
+        held_out = hold_out([example for _, example in entries])
         usable["val"] = [entry for i, entry in enumerate(entries) if i in held_out]
         usable["train"] = [entry for i, entry in enumerate(entries) if i not in held_out]
-        pixels["val"] = pixels["train"]
-        say(
-            f"val   {len(held_out):7,} images of train are held out for it, as there is no val file"
-        )
+        say(f"val   {len(held_out):7,} images of train are held out: there is no val file")
         if not usable["train"]:
             sys.exit(f"{JSON_PATH}: train and val need an image each, of different products")
     return {split: FashionDataset(usable[split], pixels[split], class_names) for split in usable}
@@ -1109,7 +1101,7 @@ def check_config(config):
 
 
 def hub_file(repository, *names):
-    """The path of the first of these files that a repository has, downloaded if need be; or None."""
+    """The path of the first of these files that a repository has, or None; cached or downloaded."""
     for cached, name in product((True, False), names):
         try:
             return hf_hub_download(repository, name, local_files_only=cached)
