@@ -2,20 +2,24 @@
 
 import math
 import platform
-from itertools import count
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    CPU,
     gradients,
     make_batch,
+    make_dataset,
     make_state,
     quick,
+    read_metrics,
     relative,
     run_driver,
     textbook_step,
     tiny_model,
+    toy_dataset,
 )
 
 import indofashion_clip as ic
@@ -65,6 +69,9 @@ def test_a_picture_is_cropped_by_its_draws(monkeypatch):
     images, middle = torch.rand(3, 3, 16, 16), torch.full((3, 3), 0.5)
     monkeypatch.setattr(ic, "MIN_CROP", 1)
     assert torch.allclose(ic.random_crop(images, middle), images, atol=1e-5)
+    pixels, draws = make_batch(3).pixels, torch.rand(3, 3)
+    plain = ic.encode_images(tiny_model(), torch.float32, pixels)
+    assert torch.equal(ic.encode_images(tiny_model(), torch.float32, pixels, draws), plain)
     monkeypatch.setattr(ic, "MIN_CROP", 0.5)
     corner = torch.tensor([[1.0, 0.0, 0.0]]).expand(3, 3)  # the smallest, at the top left
     expected = F.interpolate(images[:, :, :8, :8], size=16, mode="bilinear")[:, :, 1:-1, 1:-1]
@@ -82,10 +89,11 @@ def assert_textbooks(state, loss, batch):
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 11])
-def test_a_step_in_chunks_scaled_or_not_is_the_textbooks_step(chunk, scale):
+def test_a_step_in_chunks_scaled_or_not_is_the_textbooks_step(monkeypatch, chunk, scale):
+    monkeypatch.setattr(ic, "MIN_CROP", 0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
     state, batch = make_state(chunk=chunk, scaler=scaler), make_batch(11)
-    assert_textbooks(state, ic.forward_backward(state, batch, []), batch)
+    assert_textbooks(state, ic.forward_backward(state, batch), batch)
     assert scaler.get_scale() == scale
 
 
@@ -129,59 +137,83 @@ def test_an_overflow_under_the_scaler_skips_the_step():
     assert torch.equal(state.model.token_embedding.weight, before) and scaler.get_scale() < 3e38
 
 
-# ---- Out of memory ----
-@pytest.mark.parametrize("chunk, calls", [(11, {0}), (11, {0, 1}), (4, {1}), (4, {2, 3})])
-@pytest.mark.parametrize("where", ["encode_images", "encode_texts", "clip_loss", "in backward"])
-def test_out_of_memory_anywhere_leaves_the_step_as_it_is(monkeypatch, capsys, where, chunk, calls):
-    """Forward, in the loss, and out of autograd, where a chunk is encoded again.
-
-    Other processes do not run out at the same time: their features are exchanged only once.
-    """
-    number, exchanged, gather = count(), [], ic.all_gather
-    name = "encode_texts" if where == "in backward" else where
-    real = getattr(ic, name)
-
-    def fail(*_):
-        if next(number) in calls:
-            raise torch.OutOfMemoryError("simulated")
-
-    def work(*arguments):
-        result = real(*arguments)
-        if where != "in backward":
-            fail()
-        elif result.requires_grad:  # of several chunks each has to be encoded again
-            result.register_hook(fail)
-        return result
-
-    monkeypatch.setattr(ic, name, work)
-    monkeypatch.setattr(ic, "all_gather", lambda share: exchanged.append(1) or gather(share))
-    state, batch = make_state(chunk=chunk), make_batch(11)
-    loss = ic.retry_on_oom(ic.forward_backward, state, batch, [])
-    monkeypatch.undo()
-    assert state.chunk < chunk or 0 not in calls
-    assert ("Out of memory" in capsys.readouterr().out) == (state.chunk < chunk)
-    assert len(exchanged) == 1
-    assert_textbooks(state, loss, batch)
-
-
-def test_no_memory_for_one_pair_ends_with_a_line(tmp_path, dataset):
-    """The error comes out of backward(), after which torch can crash as the interpreter ends."""
+# ---- Memory ----
+def test_running_out_of_memory_ends_the_run_saved_and_it_goes_on_in_smaller_chunks(tmp_path):
+    """In a chunk's backward(), after which torch can crash as the interpreter ends."""
     lines = """
         import torch
-        real = ic.encode_images
+        real, calls = ic.encode_images, []
         def encode(*arguments):
-            if torch._C._current_graph_task_id() != -1:  # in backward()
+            calls.append(torch._C._current_graph_task_id() != -1)  # in backward()
+            if sum(calls) == 5:
                 raise torch.OutOfMemoryError("simulated")
             return real(*arguments)
+        ic.choose_precision = lambda device: torch.float32
         ic.encode_images = encode
         ic.main()
     """
-    output = run_driver(tmp_path, lines, quick(dataset, CHUNK_SIZE=2), code=1)
-    assert output.splitlines()[-1].startswith("out of memory even at one pair")
-    assert "Traceback" not in output
+    constants = quick(make_dataset(tmp_path / "data", train=25, val=7))
+    output = run_driver(tmp_path, lines, constants | {"CHUNK_SIZE": 4}, code=1)
+    assert "Traceback" not in output and output.count("CHUNK_SIZE = 2") == 1
+    assert output.splitlines()[-1].startswith("out of memory at 4 pairs at a time; all is saved")
+    lines = lines.replace("== 5", "== -1")
+    assert "Going on" in run_driver(tmp_path, lines, constants | {"CHUNK_SIZE": 2})
+    broken = read_metrics(tmp_path, times=False)
+    shutil.rmtree(tmp_path / "outputs")
+    run_driver(tmp_path, lines, constants)
+    for one, other in zip(broken, read_metrics(tmp_path, times=False), strict=True):
+        assert one == {
+            k: pytest.approx(v, rel=1e-3) if "loss" in k else v for k, v in other.items()
+        }
 
 
-# ---- Memory ----
+DATA = toy_dataset("xy" * 20, [f"saree number {i}" for i in range(40)])
+
+
+@pytest.mark.parametrize("share, pairs, chunk", [(32, 1000, 32), (32, 20.5, 16), (30, 9.5, 8)])
+def test_as_many_pairs_are_encoded_at_a_time_as_fit_what_is_free(monkeypatch, share, pairs, chunk):
+    """In equal chunks; the bytes of a pair are a twelfth of those of twelve but for constants."""
+    model = tiny_model()
+    few, more = (ic.bytes_kept(model, torch.float32, DATA, count) for count in (4, 12))
+    besides = 3 * sum(4 * parameter.numel() for parameter in model.parameters()) + 2**28
+    free = besides + pairs * 1.25 * (more - few) / 8
+    monkeypatch.setattr(ic, "free_memory", lambda device: free)
+    assert ic.fit_chunk(model, torch.float32, DATA, share) == chunk
+
+
+def test_too_little_memory_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(ic, "free_memory", lambda device: 10**6)
+    assert ic.fit_chunk(tiny_model(), torch.float32, DATA, 32) == 1
+    assert "MEMORY: 0." in capsys.readouterr().out
+
+
+LIMITS = {  # version: (a line of /proc/self/cgroup, the files' folder, {file: text})
+    2: ("0::/job/step", "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
+    1: (
+        "4:memory:/job/step",
+        "sys/fs/cgroup/memory",
+        ic.CGROUP_FILES[1][:2] + ("total_inactive_file",),
+    ),
+}
+
+
+@pytest.mark.parametrize("version", LIMITS)
+@pytest.mark.parametrize("inside", ["job/step", "job", "."])
+def test_a_containers_limit_is_the_memory(tmp_path, version, inside):
+    """Its own, that of a group around it, or, where its own path is not to be seen, the mount's."""
+    line, mount, (limit, usage, cache) = LIMITS[version]
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"9:cpu:/x\n{line}\n")
+    for folder, bytes_ in {".": "max", inside: "3000"}.items():
+        (path := tmp_path / mount / folder).mkdir(parents=True, exist_ok=True)
+        (path / limit).write_text(f"{bytes_}\n")
+        (path / usage).write_text("1500\n")
+        (path / "memory.stat").write_text(f"anon 5\n{cache} 700\nrss 1\n")
+    assert ic.free_memory(CPU, root=tmp_path) == 3000 - 1500 + 700
+    shutil.rmtree(tmp_path / "sys")
+    assert ic.free_memory(CPU, root=tmp_path) > 10**8
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is what is set")
 def test_freed_memory_is_kept(tmp_path):
     """Once kept, a step's tensors come from memory that the process has: its pages do not fault."""
@@ -193,7 +225,7 @@ def test_freed_memory_is_kept(tmp_path):
                 torch.ones(megabytes, 2**20, dtype=torch.uint8)
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         returned = faults()
-        ic.prepare_machine()
+        ic.keep_freed_memory()
         faults()
         print(returned, faults())
     """
