@@ -988,12 +988,13 @@ def fit_chunk(model, precision, dataset, share):
     A CPU has no error to catch when memory runs out: the system kills the process. So the size of
     a pair is measured, and what training takes besides is known: gradients, Adam's two moments.
     """
+    free = free_memory(model.mean.device)  # what measuring takes is kept, and taken again
     few, more = min(4, len(dataset)), min(12, len(dataset))
     kept = [bytes_kept(model, precision, dataset, count) for count in (few, more)]
     pair = 1.25 * (kept[1] - kept[0]) / max(1, more - few)  # a quarter for what comes and goes
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
     besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)  # copies; the exchange's
-    free = free_memory(model.mean.device) - besides * weights - 2**28
+    free -= besides * weights + 2**28
     fitting = int(free / max(1.0, pair))
     if fitting < 1:
         say(f"MEMORY: {-free / 1e9:.1f} GB more should be free; it may not suffice for {MODEL}")
@@ -1058,9 +1059,7 @@ def resume(state):
     digest = hashlib.sha256(repr(state.fingerprint).encode("utf-8", "replace")).hexdigest()
     place = torch.tensor([state.epoch, state.step, int(digest[:15], 16)])
     if not torch.equal(all_reduce(place.clone(), dist.ReduceOp.MAX), place):
-        sys.exit(
-            f"{path} or the rows are others on another machine: all have to see the same files"
-        )
+        sys.exit(f"{path} or the rows differ between processes: all have to see the same files")
 
 
 def differences(old, new):
@@ -1135,8 +1134,13 @@ def find_weights(name):
     cached = Path("~/.cache/clip").expanduser() / os.path.basename(url)
     if cached.is_file() and hashlib.sha256(cached.read_bytes()).hexdigest() == url.split("/")[-2]:
         return str(cached)
-    sources = {"the hub": lambda: hub_weights(repository)}
-    sources["OpenAI's link"] = lambda: clip.clip._download(url, str(cached.parent))
+
+    def download_from_openai():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{cached}.lock"):  # one process at a time; the next one finds the file
+            return clip.clip._download(url, str(cached.parent))
+
+    sources = {"the hub": lambda: hub_weights(repository), "OpenAI's link": download_from_openai}
     reasons = []
     for source, download in sources.items():
         try:

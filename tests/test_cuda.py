@@ -11,7 +11,7 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, tiny_model
+from conftest import make_batch, tiny_model, toy_dataset
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
@@ -84,22 +84,24 @@ def backward(outputs, grads=None):
 @pytest.fixture
 def card(monkeypatch):
     """A Card, in a machine that knows of it."""
-    card, attend, empty = Card(), F.scaled_dot_product_attention, torch.empty
+    card, attend = Card(), F.scaled_dot_product_attention
 
     def attention(queries, *rest, **how):
         card.attended.add((queries.device.type, queries.dtype))
         return attend(queries, *rest, **how)
 
-    def allocate(*shape, pin_memory=False, **how):  # without a driver nothing can be pinned
-        card.pinned += shape if pin_memory else ()
-        return empty(*shape, **how)
+    def pin_memory(tensor):  # without a driver nothing can be pinned
+        card.pinned.append(tuple(tensor.shape))
+        return tensor
 
     def is_bf16_supported(including_emulation=True):
         return card.native or including_emulation
 
     patch = monkeypatch.setattr
     patch(F, "scaled_dot_product_attention", attention)
-    patch(torch, "empty", allocate)
+    patch(torch.Tensor, "pin_memory", pin_memory)
+    patch(ic, "MIN_CROP", 0.9)
+    patch(ic, "CHUNK_SIZE", 8)
     patch(torch.Tensor, "backward", backward)
     patch(torch.autograd, "backward", backward)  # checkpoint calls it
     patch(torch.cuda, "is_available", lambda: True)
@@ -111,9 +113,9 @@ def card(monkeypatch):
 
 
 def make_rows():
-    records = [ic.Record(i, i, "", f"saree {i // 2}", "saree", True) for i in range(20)]
     pixels = (torch.arange(20 * 3 * 64 * 64) % 251).byte().view(20, 3, 64, 64)
-    return ic.FashionDataset(records, pixels, ["gowns", "saree"])
+    captions = [f"saree {i // 2}" for i in range(20)]
+    return toy_dataset(["saree"] * 20, captions, pixels, ["gowns", "saree"])
 
 
 def start(card, model, chunk=8):
@@ -145,6 +147,8 @@ def test_a_step_waits_for_nothing(card, tmp_path, kind, native, chunk):
         loss = ic.train_step(state, make_batch(8))
     assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())
     assert all(card.transfers) and (chunk < 8 or card.transfers == TRANSFERS)
+    assert len(card.pinned) == len(card.transfers)
+    assert not {"aten.index_put.default", "aten.index_copy.default"} & card.dtypes.keys()
     low, full = frozenset([dtype]), frozenset([torch.float32])
     assert card.dtypes["aten.addmm.default"] == {low}  # each layer with a bias
     assert card.dtypes["aten.mm.default"] == {low, full}  # full: the loss
@@ -164,9 +168,9 @@ def test_an_epoch_of_two_processes_waits_only_for_its_mean_loss(card, monkeypatc
     state.epoch = 1
     with card, pytest.raises(Wait) as waited, ic.tqdm(disable=True) as bar:
         ic.train_epoch(state, make_rows(), bar)
-    assert last_line(waited).name == "check_finite"
+    assert last_line(waited).name == "mean_loss"
     assert state.step == 2 and state.loss_sum.is_cuda
-    assert card.transfers == TRANSFERS * 2 and card.pinned == [(4, 3, 64, 64)] * 2
+    assert card.transfers == TRANSFERS * 2 and (4, 3, 64, 64) in card.pinned
     assert set(reduced) == {("cuda", 4), ("cuda", 1), ("cpu", 0)}  # features, gradients, signals
     assert len(reduced) == 2 * 3  # not one for each gradient
 
@@ -176,9 +180,9 @@ def test_the_evaluation_waits_only_when_all_is_encoded(card):
     with card, pytest.raises(Wait) as waited:
         ic.evaluate(state, make_rows())
     last = last_line(waited)
-    assert last.name == "evaluate" and "predicted = " in str(last.statement)
-    assert all(card.transfers[:-1])  # the last one, prompt_ids, comes after
-    assert card.pinned == [(20, 3, 64, 64)]
+    assert last.name == "evaluate" and "clip_loss" in str(last.statement)
+    assert all(card.transfers[:-2])  # the last two, text_ids and the order, come after
+    assert (20, 3, 64, 64) in card.pinned
 
 
 def test_batches_are_loaded_ahead_by_a_thread(card):
@@ -202,25 +206,67 @@ def test_batches_are_loaded_ahead_by_a_thread(card):
 def test_the_machine_is_prepared(monkeypatch, no_glibc, nccl, backend):
     card, half = Mock(), 2**29
     card.mem_get_info.return_value = 6 * half, 8 * half
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", card.matmul_precision)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", card.cudnn_sdp)
     monkeypatch.setattr(torch, "cuda", card)
     monkeypatch.setattr(ic, "LOCAL_RANK", 1)
     monkeypatch.setattr(ic.ctypes, "CDLL", Mock(side_effect=no_glibc))  # malloc stays as it is
+    card.get_device_capability.return_value, card.get_arch_list.return_value = (8, 0), ["sm_75"]
     monkeypatch.setattr(ic, "WORLD_SIZE", 2)
     monkeypatch.setattr(torch, "zeros", Mock(return_value="a number"))
     monkeypatch.setattr(ic, "dist", card.dist)
     card.dist.is_nccl_available.return_value = nccl
     device = ic.prepare_machine()
+    ic.keep_freed_memory()
     assert device == torch.device("cuda:1")
     assert card.mock_calls == [
         call.is_available(),
+        call.get_device_capability(),
+        call.get_arch_list(),
+        call.is_available(),
         call.set_device(device),
-        call.matmul_precision("high"),
         call.cudnn_sdp(False),
         call.dist.is_nccl_available(),
-        call.dist.init_process_group(backend, timeout=ic.timedelta(days=1)),
+        call.dist.init_process_group(backend, timeout=ic.timedelta(minutes=30)),
         call.dist.all_reduce("a number", ic.all_reduce.__defaults__[0]),  # takes NCCL's memory
         call.mem_get_info(),  # what is left then, of the device that was set
         call.set_per_process_memory_fraction(5 / 8),
     ]
+
+
+# ---- Machines on which a run would go wrong without a word ----
+def test_a_card_that_torch_no_longer_knows_ends_with_a_line(monkeypatch):
+    """Kaggle's P100."""
+    card = Mock(get_device_capability=lambda: (6, 0), get_device_name=lambda: "Tesla P100")
+    card.get_arch_list.return_value = ["sm_75", "sm_80", "sm_90a", "compute_120"]
+    monkeypatch.setattr(torch, "cuda", card)
+    with pytest.raises(SystemExit, match=r"Tesla P100 \(sm_60\).*T4.*pip install") as stop:
+        ic.check_machine()
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("visible, told", [(None, True), ("", False), ("-1", False), ("0", True)])
+def test_a_card_that_torch_cannot_use_is_told(monkeypatch, capsys, tmp_path, visible, told):
+    (smi := tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'Tesla T4, 550.54'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ic.check_machine()
+    output = capsys.readouterr().out
+    assert ("THE GPU IS NOT USED: Tesla T4, 550.54; torch" in output) == told
+    assert ("pip install --force-reinstall torch" in output) == told
+
+
+@pytest.mark.parametrize("names, refused", [((), True), (("RANK",), False)])
+def test_copies_that_know_nothing_of_each_other_are_refused(monkeypatch, names, refused):
+    """srun python, in place of srun torchrun."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("SLURM_PROCID", "SLURM_NTASKS", *names):
+        monkeypatch.setenv(name, "4")
+    if refused:
+        with pytest.raises(SystemExit, match="srun has started 4 copies.*torchrun"):
+            ic.check_machine()
+    else:
+        ic.check_machine()
