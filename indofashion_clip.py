@@ -157,10 +157,13 @@ def choose_precision(device):
     return torch.bfloat16 if native else torch.float32
 
 
+def pin(tensor):
+    """The tensor where a GPU can fetch it while the host goes on."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
 def to_device(tensor, device):
-    """The tensor on the device. For a GPU it is pinned first, so that the host does not wait."""
-    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-    return tensor.to(device, non_blocking=True)
+    return pin(tensor).to(device, non_blocking=True)
 
 
 def attention(queries_keys_values, num_sequences, causal):
@@ -530,7 +533,7 @@ def encode_all(state, encode, batches):
 def evaluate(state, dataset):
     """Zero-shot classification and retrieval on a split → Evaluation; every process does it all."""
     begin, metrics = time.perf_counter(), {}
-    images = load_ahead(lambda rows: dataset[rows][0], torch.arange(len(dataset)).split(256))
+    images = load_ahead(lambda rows: pin(dataset[rows][0]), torch.arange(len(dataset)).split(256))
     image_features = encode_all(state, encode_images, images)
     text_features = encode_all(state, encode_texts, dataset.tokens.split(256))
     device, loss = image_features.device, 0.0
@@ -923,8 +926,7 @@ def epoch_batches(dataset, epoch, batch_size, first_step=0):
         own = rows.chunk(WORLD_SIZE)[RANK]
         pixels, tokens = dataset[own]
         tokens, inverse = tokens.unique(dim=0, return_inverse=True)
-        pixels = pixels.pin_memory() if torch.cuda.is_available() else pixels
-        return Batch(pixels, crops[own], tokens, inverse)
+        return Batch(pin(pixels), crops[own], tokens, inverse)
 
     full = order.split(batch_size)[: size // batch_size]  # the rest waits for the next shuffle
     return load_ahead(load, full[first_step:])
