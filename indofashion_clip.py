@@ -809,7 +809,7 @@ class FashionDataset(Dataset):
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
         self.tokens, self.ids = tokenize(self.captions + prompts)
         caption_ids, prompt_ids = self.ids.split([len(self.captions), len(prompts)])
-        self.prompt_ids = prompt_ids.view(len(class_names), -1)  # [K, prompts]
+        self.prompt_ids = prompt_ids.view(len(class_names), len(PROMPTS))  # [K, prompts]
         self.num_captions = int(caption_ids.max()) + 1 if self.captions else 0
         self.counts = torch.tensor([len(example.captions) for example in self.examples])
         images = torch.arange(len(self)).repeat_interleave(self.counts)

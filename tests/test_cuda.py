@@ -148,7 +148,7 @@ def test_a_step_waits_for_nothing(card, tmp_path, kind, native, chunk):
     assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())
     assert all(card.transfers) and (chunk < 8 or card.transfers == TRANSFERS)
     assert len(card.pinned) == len(card.transfers)
-    assert {"aten.index.Tensor", "aten.index_copy.default"} & card.dtypes.keys() == set()
+    assert "aten.index_copy.default" not in card.dtypes  # a copy; index_copy_ fills the new zeros
     low, full = frozenset([dtype]), frozenset([torch.float32])
     assert card.dtypes["aten.addmm.default"] == {low}  # each layer with a bias
     assert card.dtypes["aten.mm.default"] == {low, full}  # full: the loss
