@@ -993,10 +993,10 @@ def fit_chunk(model, precision, dataset, share):
     free = free_memory(model.mean.device)  # what measuring takes is kept, and taken again
     few, more = min(4, len(dataset)), min(12, len(dataset))
     kept = [bytes_kept(model, precision, dataset, count) for count in (few, more)]
-    pair = 1.25 * (kept[1] - kept[0]) / max(1, more - few)  # a quarter for what comes and goes
+    pair = 1.5 * (kept[1] - kept[0]) / max(1, more - few)  # half as much again comes and goes
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
     besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)  # copies; the exchange's
-    free -= besides * weights + 2**28
+    free -= besides * weights + 2**29
     fitting = int(free / max(1.0, pair))
     if fitting < 1:
         say(f"MEMORY: {-free / 1e9:.1f} GB more should be free; it may not suffice for {MODEL}")

@@ -1,14 +1,12 @@
 """The loss by hand, the schedule, the step in chunks, and running out of memory."""
 
 import math
-import platform
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    CPU,
     gradients,
     make_batch,
     make_dataset,
@@ -19,7 +17,6 @@ from conftest import (
     run_driver,
     textbook_step,
     tiny_model,
-    toy_dataset,
 )
 
 import indofashion_clip as ic
@@ -165,69 +162,3 @@ def test_running_out_of_memory_ends_the_run_saved_and_it_goes_on_in_smaller_chun
         assert one == {
             k: pytest.approx(v, rel=1e-3) if "loss" in k else v for k, v in other.items()
         }
-
-
-DATA = toy_dataset("xy" * 20, [f"saree number {i}" for i in range(40)])
-
-
-@pytest.mark.parametrize("share, pairs, chunk", [(32, 1000, 32), (32, 20.5, 16), (30, 9.5, 8)])
-def test_as_many_pairs_are_encoded_at_a_time_as_fit_what_is_free(monkeypatch, share, pairs, chunk):
-    """In equal chunks; the bytes of a pair are a twelfth of those of twelve but for constants."""
-    model = tiny_model()
-    few, more = (ic.bytes_kept(model, torch.float32, DATA, count) for count in (4, 12))
-    besides = 3 * sum(4 * parameter.numel() for parameter in model.parameters()) + 2**28
-    free = besides + pairs * 1.25 * (more - few) / 8
-    monkeypatch.setattr(ic, "free_memory", lambda device: free)
-    assert ic.fit_chunk(model, torch.float32, DATA, share) == chunk
-
-
-def test_too_little_memory_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(ic, "free_memory", lambda device: 10**6)
-    assert ic.fit_chunk(tiny_model(), torch.float32, DATA, 32) == 1
-    assert "MEMORY: 0." in capsys.readouterr().out
-
-
-LIMITS = {  # version: (a line of /proc/self/cgroup, the files' folder, {file: text})
-    2: ("0::/job/step", "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
-    1: (
-        "4:memory:/job/step",
-        "sys/fs/cgroup/memory",
-        ic.CGROUP_FILES[1][:2] + ("total_inactive_file",),
-    ),
-}
-
-
-@pytest.mark.parametrize("version", LIMITS)
-@pytest.mark.parametrize("inside", ["job/step", "job", "."])
-def test_a_containers_limit_is_the_memory(tmp_path, version, inside):
-    """Its own, that of a group around it, or, where its own path is not to be seen, the mount's."""
-    line, mount, (limit, usage, cache) = LIMITS[version]
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(f"9:cpu:/x\n{line}\n")
-    for folder, bytes_ in {".": "max", inside: "3000"}.items():
-        (path := tmp_path / mount / folder).mkdir(parents=True, exist_ok=True)
-        (path / limit).write_text(f"{bytes_}\n")
-        (path / usage).write_text("1500\n")
-        (path / "memory.stat").write_text(f"anon 5\n{cache} 700\nrss 1\n")
-    assert ic.free_memory(CPU, root=tmp_path) == 3000 - 1500 + 700
-    shutil.rmtree(tmp_path / "sys")
-    assert ic.free_memory(CPU, root=tmp_path) > 10**8
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is what is set")
-def test_freed_memory_is_kept(tmp_path):
-    """Once kept, a step's tensors come from memory that the process has: its pages do not fault."""
-    lines = """
-        import resource, torch
-        def faults():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for megabytes in (64, 40, 50) * 3:
-                torch.ones(megabytes, 2**20, dtype=torch.uint8)
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        returned = faults()
-        ic.keep_freed_memory()
-        faults()
-        print(returned, faults())
-    """
-    returned, kept = map(int, run_driver(tmp_path, lines, {}).split()[-2:])
-    assert kept < returned / 4
