@@ -23,6 +23,7 @@ import functools
 import hashlib
 import html
 import importlib.util
+import io
 import json
 import math
 import mmap
@@ -613,18 +614,18 @@ def read_json(text):
 def read_csv(text):
     """Of cells parted by comma, semicolon or tab, or as Excel's first line, sep=;, says."""
     csv.field_size_limit(2**31 - 1)
-    lines = (line + "\n" for line in text.split("\n"))
-    header = next(lines)
-    delimiter, has_sep = max(",;\t", key=header.count), header.lower().startswith("sep=")
-    if has_sep:
-        delimiter, header = header[4], next(lines)
+    lines = io.StringIO(text, newline=None)  # \r, which csv refuses, becomes \n
+    header = next(lines, "")
+    delimiter, sep = max(",;\t", key=header.count), re.match("sep=(.)", header, re.I)
+    if sep:
+        delimiter, header = sep[1], next(lines, "")
     reader = csv.reader(chain([header], lines), delimiter=delimiter)
-    names = ["_".join(name.lower().split()) for name in next(reader)]
+    names = ["_".join(name.lower().split()) for name in next(reader, [])]
     for cells in reader:
         surplus = any(cells[len(names) :])  # such as a title with a comma and without quotes
         row = f"{len(cells)} cells for {len(names)} columns" if surplus else None
         if any(cells):
-            yield reader.line_num + has_sep, row or dict(zip(names, cells, strict=False))
+            yield reader.line_num + bool(sep), row or dict(zip(names, cells, strict=False))
 
 
 def read_examples(path):
@@ -700,6 +701,7 @@ def load_image(path, resolution):
     if max(width, height) > 50 * min(width, height):  # would be resized to gigabytes
         raise ValueError(f"a strip of {width} × {height} pixels")
     image.draft(None, (2 * resolution, 2 * resolution))  # decodes a large JPEG at 1/2, 1/4 or 1/8
+    image.load()  # raises where the file is damaged, which a second load() no longer does
     with suppress(Exception):  # a broken EXIF block
         image = ImageOps.exif_transpose(image)
     if (image.width > image.height) != (width > height):
@@ -1060,7 +1062,8 @@ def resume(state):
             say(f"Going on from {path}: epoch {state.epoch}, of which {state.step} steps are done.")
     digest = hashlib.sha256(repr(state.fingerprint).encode("utf-8", "replace")).hexdigest()
     place = torch.tensor([state.epoch, state.step, int(digest[:15], 16)])
-    if not torch.equal(all_reduce(place.clone(), dist.ReduceOp.MAX), place):
+    highest, minus_lowest = all_reduce(torch.stack([place, -place]), dist.ReduceOp.MAX)
+    if not torch.equal(highest, -minus_lowest):  # so that all of them stop
         sys.exit(f"{path} or the rows differ between processes: all have to see the same files")
 
 
