@@ -1293,12 +1293,13 @@ def stop_if_signalled(state):
 
 def stop_out_of_memory(state):
     """End the run, saved: with a smaller chunk it goes on as the same training."""
+    for moments in state.optimizer.state.values():
+        if len(moments) < 3:  # it ran out as Adam made them
+            moments.clear()
     if state.epoch <= NUM_EPOCHS:
         save_run(state)
     advice = f"set CHUNK_SIZE = {state.chunk // 2}" if state.chunk > 1 else "set a smaller MODEL"
-    sys.exit(
-        f"out of memory at {state.chunk} pairs at a time; all is saved: {advice}, and run again"
-    )
+    sys.exit(f"out of memory at {state.chunk} pairs at a time: {advice} and run it again")
 
 
 def say(line):

@@ -152,7 +152,9 @@ def test_running_out_of_memory_ends_the_run_saved_and_it_goes_on_in_smaller_chun
     constants = quick(make_dataset(tmp_path / "data", train=25, val=7))
     output = run_driver(tmp_path, lines, constants | {"CHUNK_SIZE": 4}, code=1)
     assert "Traceback" not in output and output.count("CHUNK_SIZE = 2") == 1
-    assert output.splitlines()[-1].startswith("out of memory at 4 pairs at a time; all is saved")
+    assert output.splitlines()[-1].startswith(
+        "out of memory at 4 pairs at a time: set CHUNK_SIZE = 2 and run"
+    )
     lines = lines.replace("== 5", "== -1")
     assert "Going on" in run_driver(tmp_path, lines, constants | {"CHUNK_SIZE": 2})
     broken = read_metrics(tmp_path, times=False)
