@@ -1,18 +1,16 @@
-"""What each choice is worth: the script with one thing changed, three seeds each. Prints tables.
+"""What each choice is worth when a tiny CLIP learns the bundled sample from scratch.
 
-    python tests/studies/ablation.py [FOLDER]
+    python tests/studies/ablation.py
 
-Every run is the script itself with edited constants, or with lines put before its end, from a
-random start (MODEL = "tiny"): on the bundled sample and, if given, on a folder of photographs in
-IndoFashion's layout. One run a core; a dataset's part of ablation.json is replaced. STUDY_QUICK=1
-tries it all in minutes, an epoch each.
+Every run is the script itself with edited constants, or with lines put before its end, three seeds
+each, one run a core. Prints a table and writes ablation.json. STUDY_QUICK=1 tries it in minutes, an
+epoch each. What fine-tuning does on photographs is in transfer.py.
 """
 
 import math
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,12 +19,13 @@ from common import QUICK, ROOT, changed_script, conftest, ic, keep
 
 SEEDS = (0, 1) if QUICK else (0, 1, 2)
 COLUMNS = ("accuracy", "text → image R@5", "score", "from the first, in deviations")
-PHOTOS = ic.SAMPLE_RUN | {"BATCH_SIZE": 64, "NUM_EPOCHS": 15, "MIN_CROP": ic.MIN_CROP}
 FLIP = """
-crop_only = random_crop
-def random_crop(images, draws):
-    flipped = (draws[:, 0] * 1000 % 1 < 0.5).view(-1, 1, 1, 1)
-    return crop_only(torch.where(flipped, images.flip(-1), images), draws)
+plain_encode = encode_images
+def encode_images(model, precision, pixels, draws=None):
+    if draws is not None:
+        flipped = (draws[:, 0] * 1000 % 1 < 0.5).view(-1, 1, 1, 1)
+        pixels = torch.where(flipped, pixels.flip(-1), pixels)
+    return plain_encode(model, precision, pixels, draws)
 """
 DECAY = """
 def make_optimizer(model):
@@ -97,12 +96,9 @@ def study(data, base):
 
 
 def main():
-    studies = {"the bundled sample": (ROOT / "data/sample", ic.SAMPLE_RUN)}
-    for folder in map(Path, sys.argv[1:]):
-        rows = len(conftest.read_lines(folder / "train_data.json"))
-        studies[f"{rows:,} photographs"] = (folder.resolve(), PHOTOS)
-    for title, (data, base) in studies.items():
-        keep("ablation.json", title, {f"{title}, {len(SEEDS)} seeds": study(data, base)})
+    title = "the bundled sample"
+    rows = study(ROOT / "data/sample", ic.SAMPLE_RUN)
+    keep("ablation.json", title, {f"{title}, {len(SEEDS)} seeds": rows})
 
 
 if __name__ == "__main__":
