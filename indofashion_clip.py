@@ -1097,8 +1097,8 @@ def check_config(config):
     form |= {"interpolation": "bicubic", "resize_mode": "shortest"}
     form |= {"mean": PIXEL_MEAN, "std": PIXEL_STD}
     found = model | model["vision_cfg"] | model["text_cfg"] | preprocessing
-    found["quick_gelu"] = model.get("quick_gelu") or "off"
-    allowed = {name: [None, False, form.get(name)] for name in found}
+    found["quick_gelu"] = bool(model.get("quick_gelu"))
+    allowed = {name: [None, False, "", form.get(name)] for name in found} | {"quick_gelu": [True]}
     other = [f"{k} is {v}" for k, v in found.items() if k not in sizes and v not in allowed[k]]
     if other:
         raise ValueError(f"it differs from OpenAI's CLIP: {', '.join(other)}")
