@@ -599,14 +599,15 @@ def read_rows(path):
 
 def read_json(text):
     """Of one object per line, or of an array however it is laid out."""
-    decoder, between, rest_of_line = json.JSONDecoder(), re.compile(r"[\s,\[\]]*"), re.compile(".*")
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[\]]*")
+    broken = re.compile(r".[^\n{]*")  # ends where the next row may begin
     line, end = 1, 0
     while (start := between.match(text, end).end()) < len(text):
         line += text.count("\n", end, start)
         try:
             row, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
-            row, end = None, rest_of_line.match(text, start).end()
+            row, end = None, broken.match(text, start).end()
         yield line, row if isinstance(row, dict) else "not a JSON object"
         line += text.count("\n", start, end)
 
@@ -1346,7 +1347,7 @@ def brief(error, limit=300):
 
 RULES = {  # constants: (what each must be, whether it is)
     "IMAGE_PATH": ("a folder that exists", os.path.isdir),
-    "JSON_PATH": ("a file's path", lambda v: os.path.isfile(v.replace("{split}", "train"))),
+    "JSON_PATH": ("a file that exists", lambda v: os.path.isfile(v.replace("{split}", "train"))),
     "OUTPUT_PATH CACHE_PATH": ("a folder's path", lambda v: v and "\0" not in v),
     "MODEL": ("text in quotes", lambda v: isinstance(v, str)),
     "BATCH_SIZE": ("a whole number from 2 on", lambda v: type(v) is int and v >= 2),
@@ -1373,7 +1374,8 @@ def check_constants():
             say("sample, whose constants are those in SAMPLE_RUN.")
             constants.update(SAMPLE_RUN if isinstance(SAMPLE_RUN, dict) else {})
         elif isinstance(JSON_PATH, str):  # image_path may be absolute
-            constants["IMAGE_PATH"] = os.path.dirname(JSON_PATH) or "."
+            folders = (os.path.dirname(JSON_PATH), ".")  # a wrong JSON_PATH is named below
+            constants["IMAGE_PATH"] = next(filter(os.path.isdir, folders))
             say(f"IMAGE_PATH is not set: image_path is taken as relative to {IMAGE_PATH}")
     if isinstance(PROMPTS, str):  # a forgotten comma
         constants["PROMPTS"] = (PROMPTS,)

@@ -172,6 +172,20 @@ def test_without_an_image_path_the_columns_are_named(tmp_path):
         ic.read_examples(tmp_path / "rows.csv")
 
 
+def test_a_broken_object_costs_itself_not_the_rest_of_an_array_on_one_line(tmp_path):
+    texts = [json.dumps(row(path=f"{i}.jpg")) for i in range(4)]
+    texts[1] = texts[1].replace(": ", " ", 1)
+    (tmp_path / "rows.json").write_text(f"[{', '.join(texts)}]")
+    examples, skipped, _ = ic.read_examples(tmp_path / "rows.json")
+    assert [example.image_path for example in examples] == ["0.jpg", "2.jpg", "3.jpg"]
+    assert skipped == [(1, "not a JSON object")]
+
+
+def test_a_wrong_json_path_is_named_not_the_image_path_made_of_it(tmp_path):
+    output = run_script(tmp_path, code=1, JSON_PATH="nowhere/rows.csv")
+    assert "JSON_PATH is 'nowhere/rows.csv'; it must be a file that exists" in output
+
+
 # ---- Texts ----
 def numbered(captions):
     """A dataset of two classes whose images show their number."""
