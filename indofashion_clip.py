@@ -978,7 +978,7 @@ def bytes_kept(model, precision, dataset, count):
 
     def note(tensor):
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # a graph that kept the tensor itself would keep itself for ever
 
     pixels, tokens = dataset[rows]
     with saved_tensors_hooks(note, lambda tensor: tensor):
@@ -1263,8 +1263,13 @@ def keep_freed_memory():
 
 def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     """The sum, or another operation, of all processes' tensors, in place."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor, operation)
+    try:
+        if WORLD_SIZE > 1:
+            dist.all_reduce(tensor, operation)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        sys.exit(f"another process has ended, and its message says why ({brief(error)})")
     return tensor
 
 

@@ -1,5 +1,6 @@
 """How many pairs are encoded at a time: as many as fit the memory that is free."""
 
+import gc
 import platform
 from types import SimpleNamespace
 
@@ -82,6 +83,19 @@ def test_what_a_pass_keeps_grows_evenly_with_its_pairs(model, precision):
     assert pair > 0
     assert kept[16] - kept[8] == pytest.approx(8 * pair, rel=0.01)
     assert kept[32] - kept[16] == pytest.approx(16 * pair, rel=0.01)
+
+
+def test_what_a_trial_pass_kept_is_let_go(model):
+    """A graph whose saved results were the very tensors would hold itself, out of gc's sight."""
+
+    def elements():
+        return sum(
+            item.numel() for item in gc.get_objects() if issubclass(type(item), torch.Tensor)
+        )
+
+    before = elements()
+    ic.bytes_kept(model, torch.float32, ROWS, 8)
+    assert elements() == before
 
 
 def fit(monkeypatch, model, free, share, rows=ROWS):

@@ -3,6 +3,7 @@
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -95,3 +96,15 @@ def test_more_processes_than_pairs_end_with_a_line(monkeypatch):
     monkeypatch.setattr(ic, "WORLD_SIZE", 2)
     with pytest.raises(SystemExit, match="2 processes cannot share a batch of 1: start fewer"):
         ic.new_state(tiny_model(), {"train": ["a pair"]})
+
+
+def test_a_process_whose_fellow_has_ended_says_so_in_a_line(monkeypatch):
+    """But running out of memory, which torch makes a RuntimeError too, is told as such."""
+    monkeypatch.setattr(ic, "WORLD_SIZE", 2)
+    errors = {RuntimeError("Connection closed by peer"): SystemExit}
+    errors[torch.OutOfMemoryError("simulated")] = torch.OutOfMemoryError
+    for error, expected in errors.items():
+        monkeypatch.setattr(ic.dist, "all_reduce", Mock(side_effect=error))
+        with pytest.raises(expected, match="another process has ended|simulated") as stop:
+            ic.all_reduce(torch.zeros(1))
+        assert "\n" not in str(stop.value)
