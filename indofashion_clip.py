@@ -782,13 +782,9 @@ def tokenize(texts):
     spellings, parts = list(spelling.values()), [torch.zeros(0, 77, dtype=torch.int32)]
     for start in range(0, len(spellings), 10_000):
         parts.append(clip.tokenize(spellings[start : start + 10_000], truncate=True).int())
-    tokens, first_of, rows = torch.cat(parts), {}, []
-    for i, row in enumerate(tokens.numpy()):
-        rows.append(first_of.setdefault(row.tobytes().rstrip(b"\0"), (len(first_of), i)))
-    row_of = {text: row for text, (row, _) in zip(spelling, rows, strict=True)}
-    firsts = torch.tensor([i for _, i in first_of.values()], dtype=torch.int64)
-    ids = torch.tensor([row_of[text.lower()] for text in texts], dtype=torch.int64)
-    return tokens[firsts], ids
+    tokens, rows = torch.cat(parts).unique(dim=0, return_inverse=True)
+    row_of = dict(zip(spelling, rows.tolist(), strict=True))
+    return tokens, torch.tensor([row_of[text.lower()] for text in texts], dtype=torch.int64)
 
 
 class FashionDataset(Dataset):
@@ -810,10 +806,13 @@ class FashionDataset(Dataset):
         self.labels = torch.tensor([number.get(e.class_name, -1) for e in self.examples])
         self.captions = [caption for example in self.examples for caption in example.captions]
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
-        self.tokens, self.ids = tokenize(self.captions + prompts)
-        caption_ids, prompt_ids = self.ids.split([len(self.captions), len(prompts)])
+        caption_tokens, caption_ids = tokenize(self.captions)
+        prompt_tokens, prompt_ids = tokenize(prompts)
+        self.num_captions = len(caption_tokens)
+        prompt_ids += self.num_captions
+        self.tokens = torch.cat([caption_tokens, prompt_tokens])
+        self.ids = torch.cat([caption_ids, prompt_ids])
         self.prompt_ids = prompt_ids.view(len(class_names), len(PROMPTS))  # [K, prompts]
-        self.num_captions = int(caption_ids.max()) + 1 if self.captions else 0
         self.counts = torch.tensor([len(example.captions) for example in self.examples])
         images = torch.arange(len(self)).repeat_interleave(self.counts)
         self.pairs = torch.stack([images, caption_ids], 1)
@@ -877,10 +876,14 @@ def load_splits(resolution):
     train, _, columns = found["train"]
     say_what_is_missing(files["train"], columns, train, class_names)
     usable, pixels, lines = {}, {}, []
+
+    def has_text(example):
+        return example.captions or (class_names and example.class_name)
+
     for split, (examples, skipped, _) in found.items():
-        mute = [e for e in examples if not (e.captions or (class_names and e.class_name))]
-        skipped = skipped + [(e.line, "no title, and no class to tell from others") for e in mute]
-        examples = [e for e in examples if e.captions or (class_names and e.class_name)]
+        reason = "no title, and no class to tell from others"
+        skipped += [(example.line, reason) for example in examples if not has_text(example)]
+        examples = list(filter(has_text, examples))
         loaded = load_split(split, files[split], examples, skipped, resolution)
         usable[split], pixels[split], lines = *loaded[:2], lines + loaded[2]
     write_lines("skipped.jsonl", lines)
@@ -1227,26 +1230,22 @@ def prepare_machine():
 
 def check_machine():
     """Stop if copies would train alone or the GPU is too old; tell of one that is not used."""
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", 1)))
-    if "SLURM_PROCID" in os.environ and tasks > 1 and "RANK" not in os.environ:
-        sys.exit(f"srun has started {tasks} copies that know nothing of each other: start torchrun")
-    wheels = "pip install --force-reinstall torch torchvision --index-url {}".format(
-        "https://download.pytorch.org/whl/cu126"
-    )
+    copies = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if copies > 1 and "RANK" not in os.environ:
+        sys.exit(f"srun has started {copies} copies that know nothing of each other: srun torchrun")
+    wheels = "pip install --force-reinstall torch torchvision --index-url "
+    wheels += "https://download.pytorch.org/whl/cu126"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         known = [int(re.sub(r"\D", "", name)) for name in torch.cuda.get_arch_list()]
         if known and 10 * major + minor < min(known):
             name = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
-            sys.exit(
-                f"this torch no longer knows the {name}. Take another GPU (Kaggle: T4), or {wheels}"
-            )
+            advice = f"Take another GPU (Kaggle: T4), or {wheels}"
+            sys.exit(f"this torch no longer knows the {name}. {advice}")
     elif shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         with suppress(OSError, subprocess.SubprocessError):
-            gpu = subprocess.run(
-                query, capture_output=True, text=True, timeout=20, check=True
-            ).stdout
+            gpu = subprocess.check_output(query, text=True, timeout=20, stderr=subprocess.DEVNULL)
             cuda = f"is for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
             advice = f"Update its driver (580 or newer for CUDA 13), or {wheels}"
             say(f"THE GPU IS NOT USED: {gpu.strip()}; torch {torch.__version__} {cuda}. {advice}")
@@ -1423,11 +1422,8 @@ def draw_curves(history, best_epoch):
     """curves.png: the epochs' lines of metrics.jsonl; a panel for what the split has."""
     recalls = [f"{way}_r{k}" for way in DIRECTIONS for k in (1, 5)]
     panels = {"loss": ["train_loss", "loss"], "classes": ["accuracy", "macro_f1"]}
-    panels = {
-        title: keys
-        for title, keys in (panels | {"search": recalls}).items()
-        if keys[-1] in history[0]
-    }
+    panels |= {"search": recalls}
+    panels = {title: keys for title, keys in panels.items() if keys[-1] in history[0]}
     figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, (title, keys) in zip(axes, panels.items(), strict=True):

@@ -259,11 +259,17 @@ def test_a_card_that_torch_cannot_use_is_told(monkeypatch, capsys, tmp_path, vis
     assert ("pip install --force-reinstall torch" in output) == told
 
 
-@pytest.mark.parametrize("names, refused", [((), True), (("RANK",), False)])
+@pytest.mark.parametrize(
+    "names, refused",
+    [
+        (("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"), True),  # srun python
+        (("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "RANK"), False),  # srun torchrun
+        (("SLURM_NTASKS",), False),  # python once, in a batch script that asks for several tasks
+    ],
+)
 def test_copies_that_know_nothing_of_each_other_are_refused(monkeypatch, names, refused):
-    """srun python, in place of srun torchrun."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("SLURM_PROCID", "SLURM_NTASKS", *names):
+    for name in ("SLURM_PROCID", *names):
         monkeypatch.setenv(name, "4")
     if refused:
         with pytest.raises(SystemExit, match="srun has started 4 copies.*torchrun"):
