@@ -159,7 +159,7 @@ def choose_precision(device):
 
 
 def pin(tensor):
-    """The tensor where a GPU can fetch it while the host goes on."""
+    """The tensor in pinned memory, from which a GPU copies while the host goes on."""
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
@@ -468,7 +468,7 @@ def finish(state, splits):
     if "test" in splits:
         log(state, "test", best_epoch, evaluate(state, splits["test"]).metrics)
     stop_if_signalled(state)
-    state.finished = True  # last.pt now only says so, and who asks gets best.pt's weights
+    state.finished = True  # last.pt then holds best.pt's weights
     save_run(state)
     say(f"\nBest weights (epoch {best_epoch}): {best_file}. To use them:")
     say(f'    model, preprocess = clip.load("{best_file}")')
@@ -598,7 +598,7 @@ def read_rows(path):
 
 
 def read_json(text):
-    """Of one object per line, or of an array however it is laid out."""
+    """Yield the (line, row) of JSON text: an object per line, or an array in any layout."""
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[\]]*")
     broken = re.compile(r".[^\n{]*")  # ends where the next row may begin
     line, end = 1, 0
@@ -613,7 +613,7 @@ def read_json(text):
 
 
 def read_csv(text):
-    """Of cells parted by comma, semicolon or tab, or as Excel's first line, sep=;, says."""
+    """Yield the (line, row) of CSV text; a first line sep=; is Excel's, and names the separator."""
     csv.field_size_limit(2**31 - 1)
     lines = io.StringIO(text, newline=None)  # \r, which csv refuses, becomes \n
     header = next(lines, "")
@@ -749,8 +749,8 @@ def write_cache(cache_file, paths, resolution):
 def open_cache(split, paths, resolution):
     """→ (pixels uint8 [N, 3, R, R], {row: why it is unusable}, the file); decodes if need be.
 
-    The file's name is a digest of what it was made from: a file that exists is right, and two
-    datasets do not meet. It is memory-mapped: the system keeps in memory what it can.
+    The file's name is a digest of what it was made from: a file that exists is valid, and two
+    datasets never share one. It is memory-mapped: the system keeps in memory what it can.
     """
     digest = hashlib.sha256(b"%d" % resolution)
     for path in paths:
@@ -794,7 +794,7 @@ class FashionDataset(Dataset):
     the image's first caption, or a class prompt where it has none; epoch_batches draws others.
 
     tokens: int32 [T, 77], of the C captions, then of class prompts. ids: int64, rows of tokens: all
-    images' captions in turn, then the classes' prompts. text_ids: int64 [N], the texts of now.
+    images' captions in turn, then the classes' prompts. text_ids: int64 [N], each image's.
     pairs: int64 [P, 2], (image, caption). labels: int64 [N], in class_names; -1 for none.
     """
 
@@ -835,7 +835,7 @@ class FashionDataset(Dataset):
 
 
 def say_what_is_missing(path, columns, examples, class_names):
-    """Tell of a column that no row has, so that a misnamed one does not go unnoticed."""
+    """Report a column that no row has, so that a misnamed one does not go unnoticed."""
     columns = f"{path} has the columns {', '.join(columns)}"
     titled = any(example.captions for example in examples)
     if not titled and not class_names:
@@ -854,7 +854,7 @@ def load_split(split, path, examples, skipped, resolution):
     usable = [(row, example) for row, example in enumerate(examples) if row not in unusable]
     skipped = sorted(skipped + [(examples[row].line, reason) for row, reason in unusable.items()])
     if len(skipped) > len(usable):
-        with suppress(OSError):  # a right to read that is granted leaves times, and the name, alone
+        with suppress(OSError):  # its name would stay if only the right to read were granted
             os.remove(cache_file)
         first = "line {}: {}".format(*skipped[0])
         sys.exit(f"{path}: most rows cannot be used; {first}. Check IMAGE_PATH and this file")
@@ -996,12 +996,12 @@ def fit_chunk(model, precision, dataset, share):
     A CPU has no error to catch when memory runs out: the system kills the process. So the size of
     a pair is measured, and what training takes besides is known: gradients, Adam's two moments.
     """
-    free = free_memory(model.mean.device)  # what measuring takes is kept, and taken again
+    free = free_memory(model.mean.device)  # torch keeps what measuring takes, and uses it again
     few, more = min(4, len(dataset)), min(12, len(dataset))
     kept = [bytes_kept(model, precision, dataset, count) for count in (few, more)]
     pair = 1.5 * (kept[1] - kept[0]) / max(1, more - few)  # half as much again comes and goes
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
-    besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)  # copies; the exchange's
+    besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)  # casts; the exchange
     free -= besides * weights + 2**29
     fitting = int(free / max(1.0, pair))
     if fitting < 1:
@@ -1206,7 +1206,7 @@ def read_weights(path):
 
 # ---- Machine, processes and signals --------------------------------------------------------------
 def prepare_machine():
-    """Set up memory and output, meet the other processes, if any → this one's device."""
+    """Set up the output, the memory and the other processes → this process's device."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a notebook's own
             # Windows' code pages lack most letters; a pipe, or a log, should show lines at once.
@@ -1229,7 +1229,7 @@ def prepare_machine():
 
 
 def check_machine():
-    """Stop if copies would train alone or the GPU is too old; tell of one that is not used."""
+    """Stop if copies would train alone or the GPU is too old; report one that is not used."""
     copies = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if copies > 1 and "RANK" not in os.environ:
         sys.exit(f"srun has started {copies} copies that know nothing of each other: srun torchrun")
@@ -1252,7 +1252,7 @@ def check_machine():
 
 
 def keep_freed_memory():
-    """Have malloc keep freed memory: to get it anew was a third of a step of 256 pairs."""
+    """Have malloc keep freed memory: getting it anew took a third of a step of 256 pairs."""
     with suppress(AttributeError, OSError, TypeError):  # no glibc
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4
         libc.malloc_trim(0)  # what loading has left goes back first
