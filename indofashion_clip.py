@@ -16,7 +16,6 @@ Shapes: B pairs of an image and a text in a batch, b of them on this process; N 
 captions and K classes in a split; D the width of an embedding; R the side of an image in pixels.
 """
 
-import codecs
 import csv
 import ctypes
 import functools
@@ -58,8 +57,7 @@ from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.functional import center_crop, pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 try:
@@ -81,10 +79,10 @@ CACHE_PATH = "data/cache"  # decoded images, 150 KB each at 224 pixels; on a fas
 MODEL = "ViT-B/32"  # or another of OpenAI's names, a file, or a repository of the Hugging Face hub
 BATCH_SIZE = 256  # pairs per step: the more, the more negatives for each pair
 NUM_EPOCHS = 6  # people stop at 3 to 10: CLIP starts close and overfits soon
-LR = 1e-5  # the peak; people end up at 5e-6 to 3e-5, and report that 5e-5 forgets
+LR = 1e-5  # the peak; 5e-6 to 3e-5 are usual, and 5e-5 is reported to forget
 WARMUP = 0.1  # the fraction of the steps in which the learning rate rises to LR
 MAX_GRAD_NORM = 1.0  # the gradient's norm is clipped to it: one odd batch does no harm
-CLASS_PROMPT_SHARE = 0.25  # of the titles are replaced by a class prompt, as accuracy is tested
+CLASS_PROMPT_SHARE = 0.25  # of the titles are replaced by the class prompts that test accuracy
 MIN_CROP = 1.0  # the smallest random crop, as a fraction of the side; 1 does not crop
 SEED = 0  # the same seed gives the same order, augmentation and, on a CPU, weights
 
@@ -174,7 +172,7 @@ def attention(queries_keys_values, num_sequences, causal):
     queries, keys, values = (part.transpose(1, 2) for part in parts)  # [S, heads, L, 64] each
     if queries.is_cuda:
         mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
-    else:  # plain products: a sixth off the whole step in bfloat16, where the fused ones are slow
+    else:  # plain products: a step in bfloat16 takes a sixth less time than with the fused ones
         scores = (queries / 64**0.5) @ keys.transpose(2, 3)
         if causal:
             scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
@@ -288,8 +286,8 @@ def clip_loss(image_features, text_features, logit_scale):
 def in_chunks(state, encode, *inputs):
     """encode(model, precision, *inputs) → features [B, D], state.chunk rows at a time.
 
-    One chunk is a plain call. Of several only the features are kept, and backward() encodes chunk
-    by chunk again: GradCache (Gao et al. 2021, arXiv 2101.06983), so that a batch of any size fits.
+    If all rows fit one chunk, this is a plain call. Else only the features are kept, and backward()
+    encodes each chunk again: GradCache (Gao et al. 2021, arXiv 2101.06983).
     """
 
     def encode_chunk(_, *rows):
@@ -298,11 +296,10 @@ def in_chunks(state, encode, *inputs):
     if len(inputs[0]) <= state.chunk:
         return encode_chunk(None, *inputs)
     # The reentrant kind builds no graph before backward(): the peak of memory on a CPU was an
-    # eighth lower. It needs an input that has a gradient, which is the first one here.
-    recompute = functools.partial(checkpoint, encode_chunk, state.model.logit_scale)
-    chunks = zip(*(rows.split(state.chunk) for rows in inputs), strict=True)
+    # eighth lower. It needs an input that has a gradient, which is logit_scale.
     how = {"use_reentrant": True, "preserve_rng_state": False}
-    return torch.cat([recompute(*rows, **how) for rows in chunks])
+    recompute = functools.partial(checkpoint, encode_chunk, state.model.logit_scale, **how)
+    return torch.cat(list(map(recompute, *(rows.split(state.chunk) for rows in inputs))))
 
 
 def forward_backward(state, batch):
@@ -338,7 +335,7 @@ def train_step(state, batch):
 
 
 def make_optimizer(model):
-    """Adam as CLIP's ViT were trained, without weight decay, which changed nothing measurable."""
+    """Adam with the betas and eps of CLIP's ViTs. Weight decay changed nothing measurable."""
     settings = {"betas": (0.9, 0.98), "eps": 1e-6, "fused": True}
     return torch.optim.Adam(model.parameters(), lr=0.0, **settings)  # train_epoch sets the rate
 
@@ -398,7 +395,7 @@ def train_epoch(state, dataset, bar):
 
 
 def mean_loss(state):
-    """The epoch's mean loss so far. Waits for the device. Stops at a loss or weight not finite."""
+    """The epoch's mean loss so far. Waits for the device. Stops if it or a weight is not finite."""
     state.loss_sum = float(state.loss_sum)
     weights = torch.nn.utils.get_total_norm(state.model.parameters())
     if not math.isfinite(state.loss_sum + weights):
@@ -454,7 +451,7 @@ def log(state, split, epoch, metrics):
 
 
 def finish(state, splits):
-    """Evaluate the start and best.pt, and draw them; if interrupted, it starts over."""
+    """Evaluate the start and best.pt, and draw them. If interrupted, all of it is repeated."""
     all_reduce(torch.zeros(1))  # best.pt is written
     state.optimizer = make_optimizer(state.model)  # drops the moments: nothing is trained any more
     best_file, best_epoch, results = f"{OUTPUT_PATH}/best.pt", best_line(state.history)["epoch"], []
@@ -468,7 +465,7 @@ def finish(state, splits):
     if "test" in splits:
         log(state, "test", best_epoch, evaluate(state, splits["test"]).metrics)
     stop_if_signalled(state)
-    state.finished = True  # last.pt then holds best.pt's weights
+    state.finished = True  # last.pt says so, and holds best.pt's weights
     save_run(state)
     say(f"\nBest weights (epoch {best_epoch}): {best_file}. To use them:")
     say(f'    model, preprocess = clip.load("{best_file}")')
@@ -492,7 +489,7 @@ def top_k(queries, answers, count):
 
 
 def retrieval_recall(image_features, text_features, pairs):
-    """{"image_to_text_r1": the fraction of images whose first text found is right, …}.
+    """{"image_to_text_r1": the fraction of images whose nearest text is right, …}.
 
     pairs: int64 [P, 2], (image, caption), all that belong together: any of an image's captions is
     right for it, and any image of a caption. An image without a caption can be found by mistake.
@@ -559,11 +556,11 @@ def evaluate(state, dataset):
 # ---- From here on: what prepares and keeps a run; a reader of CLIP's training can stop -----------
 # ---- Data: rows → images and captions → batches --------------------------------------------------
 class Example(NamedTuple):
-    line: int  # of its first row, from 1
+    lines: tuple  # of its rows, from 1
     image_path: str
     captions: tuple  # distinct texts, maybe none
     class_name: str  # "" where there is none
-    products: tuple  # whose images are on one side of train and val
+    products: tuple  # all images of a product go to the same side of train and val
 
 
 def clean(value):
@@ -588,7 +585,7 @@ def class_prompts(class_name):
 def read_rows(path):
     """Yield (line, row) of JSON Lines, a JSON array or a CSV; row: a dict, or why it is none."""
     data = Path(path).read_bytes()
-    utf_16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    utf_16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
         text = data.decode("utf-16" if utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -633,15 +630,16 @@ def read_examples(path):
     """→ ([Example], one per image; [(line, why it is left out)]; the columns that there are)."""
     rows_of, skipped, columns = {}, [], {}
     for line, row in read_rows(path):
-        columns |= dict.fromkeys(row if isinstance(row, dict) else ())
-        image = row.get("image_path") if isinstance(row, dict) else None
+        reason, row = ("no image_path", row) if isinstance(row, dict) else (row, {})
+        columns |= dict.fromkeys(row)
+        image = row.get("image_path")
         if not isinstance(image, str) or not image.strip():
-            skipped.append((line, "no image_path" if isinstance(row, dict) else row))
+            skipped.append((line, reason))
             continue
         titles, label = row.get("product_title"), read_name(row.get("class_label"))
         captions = map(clean, titles if isinstance(titles, list) else [titles])
         about = line, tuple(filter(None, captions)), label, clean(row.get("product"))
-        rows_of.setdefault(image.replace("\\", "/"), []).append(about)
+        rows_of.setdefault(image.strip().replace("\\", "/"), []).append(about)
     examples = []
     for image, rows in rows_of.items():
         lines, *texts = zip(*rows, strict=True)
@@ -651,7 +649,7 @@ def read_examples(path):
             skipped += [(line, reason) for line in lines]
         else:
             captions = tuple(dict.fromkeys(chain(*captions)))
-            examples.append(Example(lines[0], image, captions, "".join(labels), products))
+            examples.append(Example(lines, image, captions, "".join(labels), products))
     if not examples:
         first = "line {}: {}".format(*min(skipped, default=(1, "it is empty")))
         names = f". Its columns are {', '.join(columns)}" if columns else ""
@@ -660,7 +658,7 @@ def read_examples(path):
 
 
 def find_classes(examples):
-    """The sorted names of the classes; none where there is but one, with nothing to tell apart."""
+    """The sorted names of the classes; [] if there is only one, with nothing to tell apart."""
     names = sorted({example.class_name for example in examples} - {""})
     same = {}
     for name in names:
@@ -673,7 +671,7 @@ def find_classes(examples):
 def hold_out(examples):
     """The indices of the examples held out for val: whole products, drawn by SEED.
 
-    A twentieth of them; of fewer than 2,000, a hundred, but not more than a fifth.
+    A twentieth of the images; of fewer than 2,000 a hundred, but at most a fifth.
     """
     count = max(1, len(examples) // 20, min(len(examples) // 5, 100))
     images_of, held_out = {}, set()
@@ -712,8 +710,8 @@ def load_image(path, resolution):
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    size = [resolution * side // min(width, height) for side in (height, width)]
-    image = resize(image.convert("RGB"), size, InterpolationMode.BICUBIC)
+    size = [resolution * side // min(width, height) for side in (width, height)]
+    image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     return pil_to_tensor(center_crop(image, resolution)).contiguous()
 
 
@@ -747,17 +745,18 @@ def write_cache(cache_file, paths, resolution):
 
 
 def open_cache(split, paths, resolution):
-    """→ (pixels uint8 [N, 3, R, R], {row: why it is unusable}, the file); decodes if need be.
+    """→ (pixels uint8 [N, 3, R, R], {row: why it is unusable}); decodes if need be.
 
     The file's name is a digest of what it was made from: a file that exists is valid, and two
     datasets never share one. It is memory-mapped: the system keeps in memory what it can.
     """
-    digest = hashlib.sha256(b"%d" % resolution)
+    digest = hashlib.sha256(Image.__version__.encode())
     for path in paths:
         digest.update(repr(path).encode("utf-8", "replace"))
         with suppress(OSError, ValueError):
             status = os.stat(path)
-            digest.update(b"%d %d" % (status.st_size, status.st_mtime_ns))
+            facts = status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)
+            digest.update(b"%d %d %d" % facts)
     cache_file = f"{CACHE_PATH}/{split}-{resolution}-{digest.hexdigest()[:16]}.u8"
     if not os.path.exists(cache_file):
         with FileLock(f"{cache_file}.lock"):  # the other processes of this machine wait here
@@ -769,7 +768,7 @@ def open_cache(split, paths, resolution):
         mapped = mmap.mmap(file.fileno(), math.prod(shape), access=mmap.ACCESS_READ)
         file.seek(len(mapped))
         pixels = torch.frombuffer(mapped, dtype=torch.uint8).view(shape)
-        return pixels, dict(json.load(file)), cache_file
+        return pixels, dict(json.load(file))
 
 
 def tokenize(texts):
@@ -778,13 +777,17 @@ def tokenize(texts):
     Texts are the same if CLIP reads the same tokens, whatever their capitals or what it cuts off.
     """
     # CLIP lower-cases after it resolves HTML entities, whose names are case-sensitive.
-    spelling = {text.lower(): text for text in texts}
-    spellings, parts = list(spelling.values()), [torch.zeros(0, 77, dtype=torch.int32)]
+    spellings = list({text.lower(): text for text in texts}.values())
+    row_of_tokens, row_of_text, distinct = {}, {}, bytearray()
     for start in range(0, len(spellings), 10_000):
-        parts.append(clip.tokenize(spellings[start : start + 10_000], truncate=True).int())
-    tokens, rows = torch.cat(parts).unique(dim=0, return_inverse=True)
-    row_of = dict(zip(spelling, rows.tolist(), strict=True))
-    return tokens, torch.tensor([row_of[text.lower()] for text in texts], dtype=torch.int64)
+        part = spellings[start : start + 10_000]
+        for text, tokens in zip(part, clip.tokenize(part, truncate=True).int(), strict=True):
+            key = tokens.numpy().tobytes().rstrip(b"\0")
+            row_of_text[text.lower()] = row_of_tokens.setdefault(key, len(row_of_tokens))
+    for key in row_of_tokens:
+        distinct += key.ljust(4 * 77, b"\0")
+    tokens = torch.frombuffer(distinct, dtype=torch.int32).view(-1, 77)
+    return tokens, torch.tensor([row_of_text[text.lower()] for text in texts])
 
 
 class FashionDataset(Dataset):
@@ -806,18 +809,14 @@ class FashionDataset(Dataset):
         self.labels = torch.tensor([number.get(e.class_name, -1) for e in self.examples])
         self.captions = [caption for example in self.examples for caption in example.captions]
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
-        caption_tokens, caption_ids = tokenize(self.captions)
-        prompt_tokens, prompt_ids = tokenize(prompts)
-        self.num_captions = len(caption_tokens)
-        prompt_ids += self.num_captions
-        self.tokens = torch.cat([caption_tokens, prompt_tokens])
-        self.ids = torch.cat([caption_ids, prompt_ids])
+        self.tokens, self.ids = tokenize(self.captions + prompts)
+        caption_ids, prompt_ids = self.ids.split([len(self.captions), len(prompts)])
+        self.num_captions = int(caption_ids.max()) + 1 if self.captions else 0
         self.prompt_ids = prompt_ids.view(len(class_names), len(PROMPTS))  # [K, prompts]
         self.counts = torch.tensor([len(example.captions) for example in self.examples])
         images = torch.arange(len(self)).repeat_interleave(self.counts)
         self.pairs = torch.stack([images, caption_ids], 1)
-        nothing = torch.zeros(len(self), dtype=torch.int64)
-        self.text_ids = self.choose_texts(nothing, self.counts == 0, nothing)
+        self.text_ids = self.choose_texts(0, self.counts == 0, 0)
 
     def choose_texts(self, caption, prompted, template):
         """Each image's caption of that number, or where prompted its class prompt: int64 [N]."""
@@ -849,13 +848,11 @@ def say_what_is_missing(path, columns, examples, class_names):
 def load_split(split, path, examples, skipped, resolution):
     """→ ([(cache row, Example)] of what is usable, all pixels, lines of skipped.jsonl)."""
     paths = [os.path.join(IMAGE_PATH, example.image_path) for example in examples]
-    nothing = None, {}, ""
-    pixels, unusable, cache_file = open_cache(split, paths, resolution) if paths else nothing
+    pixels, unusable = open_cache(split, paths, resolution) if paths else (None, {})
     usable = [(row, example) for row, example in enumerate(examples) if row not in unusable]
-    skipped = sorted(skipped + [(examples[row].line, reason) for row, reason in unusable.items()])
-    if len(skipped) > len(usable):
-        with suppress(OSError):  # its name would stay if only the right to read were granted
-            os.remove(cache_file)
+    skipped += [(line, why) for row, why in unusable.items() for line in examples[row].lines]
+    skipped.sort()
+    if len(skipped) > sum(len(example.lines) for _, example in usable):
         first = "line {}: {}".format(*skipped[0])
         sys.exit(f"{path}: most rows cannot be used; {first}. Check IMAGE_PATH and this file")
     captions = sum(len(example.captions) for _, example in usable)
@@ -882,7 +879,7 @@ def load_splits(resolution):
 
     for split, (examples, skipped, _) in found.items():
         reason = "no title, and no class to tell from others"
-        skipped += [(example.line, reason) for example in examples if not has_text(example)]
+        skipped += [(line, reason) for e in examples if not has_text(e) for line in e.lines]
         examples = list(filter(has_text, examples))
         loaded = load_split(split, files[split], examples, skipped, resolution)
         usable[split], pixels[split], lines = *loaded[:2], lines + loaded[2]
@@ -914,8 +911,7 @@ def draw_texts(dataset, order, batch_size, generator):
     size = len(dataset)
     prompt_draw, caption_draw = torch.rand(2, size, generator=generator)
     templates = torch.randint(len(PROMPTS), (size // batch_size + 1,), generator=generator)
-    template = torch.empty(size, dtype=torch.int64)
-    template[order] = templates[torch.arange(size) // batch_size]
+    template = templates[order.argsort() // batch_size]
     prompted = (prompt_draw < CLASS_PROMPT_SHARE) & (dataset.labels >= 0) | (dataset.counts == 0)
     return dataset.choose_texts((caption_draw * dataset.counts).long(), prompted, template)
 
@@ -940,7 +936,7 @@ def epoch_batches(dataset, epoch, batch_size, first_step=0):
 
 def load_ahead(load, batches):
     """Yield load(rows) of each batch of rows; for a GPU a thread loads the next meanwhile."""
-    if not torch.cuda.is_available():  # beside a CPU that computes it was 1.6 times as slow
+    if not torch.cuda.is_available():  # on a CPU, a thread made training take 1.6 times as long
         yield from map(load, batches)
         return
     with ThreadPoolExecutor(1) as thread:
@@ -981,12 +977,15 @@ def bytes_kept(model, precision, dataset, count):
 
     def note(tensor):
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # a graph that kept the tensor itself would keep itself for ever
+        return tensor.detach()  # the tensor itself would keep its own graph alive
 
     pixels, tokens = dataset[rows]
     with saved_tensors_hooks(note, lambda tensor: tensor):
         kept = encode_images(model, precision, pixels, torch.zeros(len(rows), 3))
-        kept = kept, encode_texts(model, precision, tokens)  # alive: no address is used twice
+        kept = (
+            kept,
+            encode_texts(model, precision, tokens),
+        )  # alive, so that no address is used twice
     return sum(sizes.values())
 
 
@@ -996,16 +995,17 @@ def fit_chunk(model, precision, dataset, share):
     A CPU has no error to catch when memory runs out: the system kills the process. So the size of
     a pair is measured, and what training takes besides is known: gradients, Adam's two moments.
     """
-    free = free_memory(model.mean.device)  # torch keeps what measuring takes, and uses it again
+    free = free_memory(model.mean.device)  # before measuring: torch reuses that memory
     few, more = min(4, len(dataset)), min(12, len(dataset))
     kept = [bytes_kept(model, precision, dataset, count) for count in (few, more)]
     pair = 1.5 * (kept[1] - kept[0]) / max(1, more - few)  # half as much again comes and goes
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
-    besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)  # casts; the exchange
-    free -= besides * weights + 2**29
+    besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)  # 16-bit copies; one vector
+    logits = 20 * (WORLD_SIZE * share) ** 2  # the loss and its gradient: five float32 [B, B]
+    free -= besides * weights + logits + 2**29
     fitting = int(free / max(1.0, pair))
     if fitting < 1:
-        say(f"MEMORY: {-free / 1e9:.1f} GB more should be free; it may not suffice for {MODEL}")
+        say(f"MEMORY: {(pair - free) / 1e9:.1f} GB more should be free, or the run may be killed")
     chunks = -(-share // max(1, fitting))
     return -(-share // chunks)
 
@@ -1036,7 +1036,7 @@ def save_run(state):
     """Write last.pt, from which the run goes on exactly."""
     mean_loss(state)
     if RANK == 0:
-        saved = {name: getattr(state, name) for name in ("fingerprint", *PROGRESS)}
+        saved = {name: getattr(state, name) for name in ("fingerprint", "chunk", *PROGRESS)}
         for name in ("model", "optimizer", "scaler"):
             saved[name] = getattr(state, name).state_dict()
         with atomic_write(f"{OUTPUT_PATH}/last.pt") as file:
@@ -1049,11 +1049,13 @@ def resume(state):
     if os.path.exists(path):
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            changes = differences(saved["fingerprint"], state.fingerprint)
+            old, new = saved["fingerprint"], state.fingerprint
+            changed = [name for name in new | old if old.get(name) != new.get(name)]
         except Exception as error:
             advice = "Move it, or set another OUTPUT_PATH to start anew"
             sys.exit(f"{path} is no checkpoint of this script ({brief(error)}). {advice}")
-        if changes:
+        if changed:
+            changes = "; ".join(f"{k} was {old.get(k)}, is {new.get(k)}" for k in changed)
             further = f'To train further from its result, set MODEL = "{OUTPUT_PATH}/best.pt" and '
             advice = further if saved["finished"] else "Set it back to go on, or to start anew set "
             sys.exit(f"{path} is of another training: {changes}. {advice}another OUTPUT_PATH")
@@ -1062,6 +1064,8 @@ def resume(state):
         for name in ("model", "optimizer", "scaler"):
             if saved[name]:  # a scaler that scales nothing has saved nothing
                 getattr(state, name).load_state_dict(saved[name])
+        if not CHUNK_SIZE:  # other chunks add up in another order
+            state.chunk = min(state.chunk, saved["chunk"])
         if not state.finished:
             say(f"Going on from {path}: epoch {state.epoch}, of which {state.step} steps are done.")
     digest = hashlib.sha256(repr(state.fingerprint).encode("utf-8", "replace")).hexdigest()
@@ -1071,19 +1075,9 @@ def resume(state):
         sys.exit(f"{path} or the rows differ between processes: all have to see the same files")
 
 
-def differences(old, new):
-    """In what two fingerprints differ, in words."""
-    changed = [name for name in new | old if old.get(name) != new.get(name)]
-    return "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in changed)
-
-
 # ---- Weights: from the hub, OpenAI and files -----------------------------------------------------
-HUB_NAMES = {  # OpenAI's models on the hub, as plain tensors: timm/….openai
-    "RN50": "resnet50_clip",
-    "RN101": "resnet101_clip",
-    "RN50x4": "resnet50x4_clip",
-    "RN50x16": "resnet50x16_clip",
-    "RN50x64": "resnet50x64_clip",
+SIZES = ("50", "101", "50x4", "50x16", "50x64")
+HUB_NAMES = {f"RN{size}": f"resnet{size}_clip" for size in SIZES} | {  # on the hub: timm/….openai
     "ViT-B/32": "vit_base_patch32_clip_224",
     "ViT-B/16": "vit_base_patch16_clip_224",
     "ViT-L/14": "vit_large_patch14_clip_224",
@@ -1095,7 +1089,7 @@ def check_config(config):
     """Raise ValueError where an open_clip_config.json describes another form than OpenAI's CLIP."""
     model, preprocessing = config["model_cfg"], config.get("preprocess_cfg", {})
     sizes = ("embed_dim", "vision_cfg", "text_cfg", "image_size", "size")
-    sizes += ("layers", "width", "patch_size")  # which the tensors tell
+    sizes += ("layers", "width", "patch_size")  # read from the tensors
     form = {"context_length": 77, "vocab_size": 49408, "heads": model["text_cfg"]["width"] // 64}
     form |= {"quick_gelu": True, "head_width": 64, "mlp_ratio": 4, "mode": "RGB"}
     form |= {"interpolation": "bicubic", "resize_mode": "shortest"}
@@ -1165,7 +1159,7 @@ def load_dictionary(path):
     """The dictionary that torch.save wrote to a file, if it is of tensors and plain values."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, UnpicklingError) as error:  # torch's advice is to run what the file says
+    except (EOFError, UnpicklingError) as error:  # torch advises to run the code in the file
         found = str(error).partition("GLOBAL ")[2].split()[:1]
         what = f"also {found[0]}; save model.state_dict() alone" if found else "no tensors"
         raise ValueError(f"it holds {what}") from None
@@ -1193,7 +1187,7 @@ def read_weights(path):
     weights = {str(name): tensor for name, tensor in weights.items()}
     if any(name.startswith("vision_model.") for name in weights):
         raise ValueError("its tensors have transformers' names; take that model from the hub")
-    words = "token_embedding.weight"  # what others put before all names stands before this one
+    words = "token_embedding.weight"  # a prefix of all names stands before this one
     prefix = next((name.removesuffix(words) for name in weights if name.endswith(words)), "")
     weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     if not {words, "positional_embedding", "visual.conv1.weight"} <= weights.keys():
@@ -1268,7 +1262,7 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        sys.exit(f"another process has ended, and its message says why ({brief(error)})")
+        sys.exit(f"cannot reach the other processes; if one ended, it says why ({brief(error)})")
     return tensor
 
 
@@ -1280,8 +1274,8 @@ def all_gather(share):
 
 
 def leave(number, _frame):
-    """End a run before training. SystemExit is no Exception: nothing that catches errors does."""
-    os.write(2, b"Stopped before training: there is nothing to save yet.\n")
+    """End a run before training. SystemExit is no Exception: no `except Exception` stops it."""
+    os.write(2, b"Stopped before training: there is nothing new to save.\n")
     sys.exit(128 + number)
 
 
@@ -1289,7 +1283,9 @@ def stop_if_signalled(state):
     """End the run, saved, if Ctrl-C or SIGTERM has told one of its processes to."""
     number = int(all_reduce(torch.tensor(max(state.signals, default=0)), dist.ReduceOp.MAX))
     if number:
-        if state.epoch <= NUM_EPOCHS:  # later all is saved, and the model has other weights
+        if (
+            state.epoch <= NUM_EPOCHS
+        ):  # later last.pt is complete, and the model holds other weights
             save_run(state)
         say(f"Stopped and saved in {OUTPUT_PATH}/last.pt: the same command goes on from there.")
         all_reduce(torch.zeros(1))  # it is saved before torchrun hears of any exit
@@ -1329,7 +1325,7 @@ def atomic_write(path):
                 return
             time.sleep(seconds)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides the one behind the other
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError from it
         sys.exit(f"cannot write {path}: {error.__context__ or error}; what it held is untouched")
     finally:
         with suppress(OSError):
@@ -1420,9 +1416,8 @@ def save_figure(name, figure):
 
 def draw_curves(history, best_epoch):
     """curves.png: the epochs' lines of metrics.jsonl; a panel for what the split has."""
-    recalls = [f"{way}_r{k}" for way in DIRECTIONS for k in (1, 5)]
-    panels = {"loss": ["train_loss", "loss"], "classes": ["accuracy", "macro_f1"]}
-    panels |= {"search": recalls}
+    search = [f"{way}_r{k}" for way in DIRECTIONS for k in (1, 5)]
+    panels = {"loss": ["train_loss", "loss"], "classes": ["accuracy", "macro_f1"], "search": search}
     panels = {title: keys for title, keys in panels.items() if keys[-1] in history[0]}
     figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -1532,8 +1527,7 @@ def main():
         signal.signal(number, lambda number, _frame: state.signals.append(number))
     where = f"{str(state.precision)[6:]} on {WORLD_SIZE} × {device.type}"
     say(f"{MODEL} in {where}, {state.chunk} pairs at a time; output in {OUTPUT_PATH}")
-    steps = f"{state.steps_per_epoch} steps of {state.batch_size} pairs"
-    say(f"{NUM_EPOCHS} epochs of {steps}")
+    say(f"{NUM_EPOCHS} epochs of {state.steps_per_epoch} steps of {state.batch_size} pairs")
     try:
         train(state, splits)
         finish(state, splits)

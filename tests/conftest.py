@@ -99,7 +99,7 @@ def toy_dataset(labels, captions, pixels=None, class_names=None):
     """An image for each label, "" for none, with its caption, or several in a tuple."""
     captions = [(text,) if isinstance(text, str) else tuple(text) for text in captions]
     about = enumerate(zip(captions, labels, strict=True))
-    usable = [(i, ic.Example(i + 1, str(i), texts, label, ())) for i, (texts, label) in about]
+    usable = [(i, ic.Example((i + 1,), str(i), texts, label, ())) for i, (texts, label) in about]
     pixels = torch.zeros(len(usable), 3, 64, 64, dtype=torch.uint8) if pixels is None else pixels
     return ic.FashionDataset(usable, pixels, class_names or sorted(set(labels) - {""}))
 

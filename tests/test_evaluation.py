@@ -74,8 +74,7 @@ def test_the_metrics_are_as_counted_by_hand(encoders):
     state, labels = make_state(batch_size=24, chunk=7), DATA.labels.tolist()
     metrics, predicted, images, texts = ic.evaluate(state, DATA)
     assert torch.equal(images, look(0, 0, DATA.pixels))
-    titles = clip.tokenize([f"title {i}" for i in range(17)]).unique(dim=0)
-    assert torch.equal(texts, read(0, 0, titles))
+    assert torch.equal(texts, read(0, 0, clip.tokenize([f"title {i}" for i in range(17)])))
     prompts = [read(0, 0, clip.tokenize(ic.class_prompts(name))).mean(0) for name in CLASSES]
     guesses = (images @ F.normalize(torch.stack(prompts), dim=-1).T).argmax(1).tolist()
     assert predicted.tolist() == guesses

@@ -106,11 +106,12 @@ def fit(monkeypatch, model, free, share, rows=ROWS):
 def test_the_chunk_fits_the_free_memory_and_is_even(monkeypatch, capsys, model):
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
     kept = {count: ic.bytes_kept(model, torch.float32, ROWS, count) for count in (8, 16)}
-    pair, share, sizes = (kept[16] - kept[8]) / 8, 100_000, (0.8, 1, 2, 4, 9999)
+    pair, share, sizes = (kept[16] - kept[8]) / 8, 4_000, (1.1, 1.3, 2, 3, 9999)
     chunks = [fit(monkeypatch, model, gigabytes * GB, share) for gigabytes in sizes]
     assert chunks == sorted(chunks) and chunks[-1] == share and 1 < chunks[0] < chunks[1] < share
     for chunk, gigabytes in zip(chunks, sizes, strict=True):
         free = gigabytes * GB - 3 * weights  # beside gradients and Adam's two moments
+        free -= 20 * share**2  # and the loss's logits
         assert chunk * pair < free and (chunk == share or chunk * pair > (free - GB) / 3)
         assert chunk == -(-share // -(-share // chunk))  # no short chunk at the end
     assert capsys.readouterr().out == ""
@@ -119,14 +120,17 @@ def test_the_chunk_fits_the_free_memory_and_is_even(monkeypatch, capsys, model):
 def test_where_nothing_fits_it_is_one_pair_and_a_line(monkeypatch, capsys, model):
     assert fit(monkeypatch, model, 0.2 * GB, share=8) == 1
     assert capsys.readouterr().out.startswith("MEMORY: 0.")
+    weights = sum(4 * parameter.numel() for parameter in model.parameters())
+    assert fit(monkeypatch, model, 3 * weights + 2**29 + 2e4, share=8) == 1  # not even one fits
+    assert capsys.readouterr().out.startswith("MEMORY: 0.0 GB more")
     assert fit(monkeypatch, model, 99 * GB, 1, toy_dataset("a", ["one pair"])) == 1
     assert capsys.readouterr().out == ""
 
 
 def test_processes_that_exchange_gradients_get_a_smaller_chunk(monkeypatch, model):
-    alone = fit(monkeypatch, model, GB, share=100_000)
+    alone = fit(monkeypatch, model, 0.7 * GB, share=1_000)
     monkeypatch.setattr(ic, "WORLD_SIZE", 2)
-    assert fit(monkeypatch, model, GB, share=100_000) < alone
+    assert fit(monkeypatch, model, 0.7 * GB, share=500) < 0.9 * alone
 
 
 def test_memory_is_read_before_the_trial_passes_which_keep_theirs(monkeypatch, model):

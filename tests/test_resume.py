@@ -186,6 +186,16 @@ def test_a_run_goes_on_in_another_precision(tmp_path, monkeypatch, first, then, 
     assert goes_on.scaler.get_scale() == scale
 
 
+@pytest.mark.parametrize("chosen, chunk", [(None, 4), (8, 8)])
+def test_a_run_goes_on_in_the_same_chunks_unless_told(tmp_path, monkeypatch, chosen, chunk):
+    """More memory may be free by then, but other chunks would add up to other last bits."""
+    monkeypatch.setattr(ic, "OUTPUT_PATH", str(tmp_path))
+    monkeypatch.setattr(ic, "CHUNK_SIZE", chosen)
+    ic.save_run(make_state(chunk=4))
+    ic.resume(goes_on := make_state(chunk=8))
+    assert goes_on.chunk == chunk
+
+
 # ---- What cannot be written ----
 def test_a_full_disk_leaves_the_old_file_a_message_and_no_debris(tmp_path, untouched, monkeypatch):
     writes = Counter({"train-64": 1, "skipped": 1, "best": 1, "metrics": 2, "last": 3})

@@ -105,6 +105,6 @@ def test_a_process_whose_fellow_has_ended_says_so_in_a_line(monkeypatch):
     errors[torch.OutOfMemoryError("simulated")] = torch.OutOfMemoryError
     for error, expected in errors.items():
         monkeypatch.setattr(ic.dist, "all_reduce", Mock(side_effect=error))
-        with pytest.raises(expected, match="another process has ended|simulated") as stop:
+        with pytest.raises(expected, match="cannot reach the other processes|simulated") as stop:
             ic.all_reduce(torch.zeros(1))
         assert "\n" not in str(stop.value)
