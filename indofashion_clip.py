@@ -296,7 +296,7 @@ def in_chunks(state, encode, *inputs):
     if len(inputs[0]) <= state.chunk:
         return encode_chunk(None, *inputs)
     # The reentrant kind builds no graph before backward(): the peak of memory on a CPU was an
-    # eighth lower. It needs an input that has a gradient, which is logit_scale.
+    # eighth lower. It needs an input with a gradient: logit_scale is passed only for that.
     how = {"use_reentrant": True, "preserve_rng_state": False}
     recompute = functools.partial(checkpoint, encode_chunk, state.model.logit_scale, **how)
     return torch.cat(list(map(recompute, *(rows.split(state.chunk) for rows in inputs))))
@@ -320,8 +320,8 @@ def train_step(state, batch):
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     loss = forward_backward(state, batch)
     if WORLD_SIZE > 1:  # in one exchange; the activations, which took more memory, are gone
-        model.logit_scale.grad /= WORLD_SIZE  # every process has all of this gradient already
-        gradients = [parameter.grad for parameter in model.parameters()]
+        model.logit_scale.grad /= WORLD_SIZE  # the loss's own: each process has all of it already
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
         total = all_reduce(torch.nn.utils.parameters_to_vector(gradients))
         torch.nn.utils.vector_to_parameters(total, gradients)
     scaler.unscale_(optimizer)
@@ -422,7 +422,7 @@ def train(state, splits):
 
 
 def save_best(state):
-    """Write best.pt at the end of an epoch that is the best so far."""
+    """Write best.pt if the last epoch is the best: with clip's names only, as clip.load is strict."""
     ended = state.step == 0 and state.history
     if ended and best_line(state.history) is state.history[-1] and RANK == 0:
         weights = {name: weight.cpu() for name, weight in state.model.state_dict().items()}
@@ -553,7 +553,7 @@ def evaluate(state, dataset):
     return Evaluation(metrics, predicted, image_features, text_features)
 
 
-# ---- From here on: what prepares and keeps a run; a reader of CLIP's training can stop -----------
+# ---- From here on: what prepares and keeps a run. A reader of CLIP's training can stop here ------
 # ---- Data: rows → images and captions → batches --------------------------------------------------
 class Example(NamedTuple):
     lines: tuple  # of its rows, from 1
@@ -946,8 +946,9 @@ def load_ahead(load, batches):
 
 
 # ---- The run: fingerprint, memory, saving and going on -------------------------------------------
+# All that change the weights; resuming refuses a change. BATCH_SIZE has its own entry.
 HYPERPARAMETERS = ("MODEL", "NUM_EPOCHS", "LR", "WARMUP", "MAX_GRAD_NORM", "MIN_CROP", "SEED")
-HYPERPARAMETERS += ("CLASS_PROMPT_SHARE", "PROMPTS", "CLASS_NAMES")  # resuming refuses a change
+HYPERPARAMETERS += ("CLASS_PROMPT_SHARE", "PROMPTS", "CLASS_NAMES")
 PROGRESS = ("history", "epoch", "step", "loss_sum", "finished")
 
 
@@ -1000,7 +1001,7 @@ def fit_chunk(model, precision, dataset, share):
     kept = [bytes_kept(model, precision, dataset, count) for count in (few, more)]
     pair = 1.5 * (kept[1] - kept[0]) / max(1, more - few)  # half as much again comes and goes
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
-    besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)  # 16-bit copies; one vector
+    besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)  # + copies, + all_reduce
     logits = 20 * (WORLD_SIZE * share) ** 2  # the loss and its gradient: five float32 [B, B]
     free -= besides * weights + logits + 2**29
     fitting = int(free / max(1.0, pair))

@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+import os
 import re
 import runpy
 import shutil
@@ -170,10 +171,13 @@ def test_ones_own_images_from_a_spreadsheet(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sed -i is another command elsewhere")
-def test_the_notebooks_cell(tmp_path):
+@pytest.mark.parametrize("rows", ["train_data.json", "rows.csv"])
+def test_the_notebooks_cell(tmp_path, rows):
     """The inputs are in a folder with a space and an apostrophe, and nothing is installed."""
     dataset = make_dataset(tmp_path / "Ann's shop")
     edited_script(tmp_path / "script")
+    if rows == "rows.csv":
+        os.replace(dataset / "train_data.json", dataset / rows)  # JSON by its content, all the same
     cell = block("%%bash").replace("/kaggle/input", str(tmp_path)).splitlines()[1:]
     cell = [line for line in cell if not line.startswith(("pip", "torchrun"))]
     (folder := tmp_path / "working").mkdir()
@@ -183,7 +187,10 @@ def test_the_notebooks_cell(tmp_path):
     constants = runpy.run_path(str(script))
     assert constants["CACHE_PATH"] == "/tmp/cache"
     where = {name: constants[name] for name in ("IMAGE_PATH", "JSON_PATH")}
-    assert where == {"IMAGE_PATH": f"{dataset}", "JSON_PATH": f"{dataset}/{{split}}_data.json"}
+    assert where == {
+        "IMAGE_PATH": f"{dataset}",
+        "JSON_PATH": f"{dataset}/{rows}".replace("train", "{split}"),
+    }
     run_script(folder, MODEL="tiny", NUM_EPOCHS=1, **where)
 
 
