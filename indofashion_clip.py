@@ -422,7 +422,7 @@ def train(state, splits):
 
 
 def save_best(state):
-    """Write best.pt if the last epoch is the best: with clip's names only, as clip.load is strict."""
+    """Write best.pt if the last epoch is the best; clip's names only, as clip.load is strict."""
     ended = state.step == 0 and state.history
     if ended and best_line(state.history) is state.history[-1] and RANK == 0:
         weights = {name: weight.cpu() for name, weight in state.model.state_dict().items()}
