@@ -1077,8 +1077,8 @@ def resume(state):
 
 
 # ---- Weights: from the hub, OpenAI and files -----------------------------------------------------
-SIZES = ("50", "101", "50x4", "50x16", "50x64")
-HUB_NAMES = {f"RN{size}": f"resnet{size}_clip" for size in SIZES} | {  # on the hub: timm/….openai
+HUB_NAMES = {f"RN{n}": f"resnet{n}_clip" for n in ("50", "101", "50x4", "50x16", "50x64")}
+HUB_NAMES |= {  # OpenAI's models on the hub, as plain tensors: timm/….openai
     "ViT-B/32": "vit_base_patch32_clip_224",
     "ViT-B/16": "vit_base_patch16_clip_224",
     "ViT-L/14": "vit_large_patch14_clip_224",

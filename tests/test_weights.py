@@ -154,7 +154,7 @@ OTHERS = {  # file: (what is in it: text, or what torch.save gets; what the line
     "long.pt": (changed(positional_embedding=torch.ones(248, 128)), "text length.*248.*not .77"),
     "part.pt": (changed(**{"ln_final.weight": None}), "ln_final.weight"),
     "more.pt": (changed(**{"head.weight": torch.ones(3)}), "head.weight"),
-    "cut.pt": (changed(), "corrupted"),
+    "cut.pt": (changed(), "(corrupted|central directory)"),
     "cut.safetensors": (changed(), "not fully covered"),
     "missing.pt": (None, "does not exist"),
     "missing.safetensors": (None, "No such file"),
