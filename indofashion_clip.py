@@ -133,8 +133,9 @@ def load_clip(name):
     try:
         if name == "tiny":
             torch.manual_seed(SEED)
-            image, text = (64, 2, 128, 16), (77, 49408, 128, 2, 2)  # pixels, layers, width, patch
-            model = clip.model.CLIP(64, *image, *text)  # tokens, words, width, heads, layers
+            image = 64, 2, 128, 16  # pixels, layers, width, patch
+            text = 77, 49408, 128, 2, 2  # tokens, vocabulary, width, heads, layers
+            model = clip.model.CLIP(64, *image, *text)  # 64: the width of the embeddings
         else:
             weights = read_weights(find_weights(name))
             model = clip.model.build_model(weights).float()
