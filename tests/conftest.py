@@ -40,7 +40,7 @@ def write_lines(path, rows):
 
 
 def make_dataset(folder, train=24, val=10, test=10):
-    """The first classes' pictures of the sample, in turns: a dataset of a few rows; 0: no file."""
+    """A dataset of a few images of the sample's first classes, in turns; 0 rows: no file."""
     for split, count in {"train": train, "val": val, "test": test}.items():
         by_class = {}
         for row in read_lines(ROOT / f"data/sample/{split}_data.json"):
@@ -66,7 +66,7 @@ def tiny_model():
 
 
 def grown(model):
-    """The same model away from its initial values, where biases and norms would hide mistakes."""
+    """The same model, moved from its initial values, whose biases and norms would hide mistakes."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

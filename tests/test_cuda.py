@@ -26,7 +26,7 @@ class Wait(Exception):
 
 
 class Card(FakeTensorMode):
-    """Within it "cuda" is a device, of fakes; what touches none of them is computed as ever."""
+    """Inside it, "cuda" is a device of fake tensors; other tensors are computed as usual."""
 
     avoid_device_init = True  # whatever torch.cuda.is_available() says
 
@@ -63,7 +63,7 @@ class Card(FakeTensorMode):
 
 
 def backward(outputs, grads=None):
-    """torch.autograd.backward, node after node: torch's engine asks the driver even about fakes."""
+    """torch.autograd.backward, node by node: torch's own asks the driver even about fakes."""
     given = zip(outputs, grads, strict=True) if grads else [(outputs, torch.ones_like(outputs))]
     waiting = {output.grad_fn: {0: grad} for output, grad in given}  # {node: {place: its gradient}}
     with torch.no_grad():
@@ -83,7 +83,7 @@ def backward(outputs, grads=None):
 
 @pytest.fixture
 def card(monkeypatch):
-    """A Card, in a machine that knows of it."""
+    """A Card, which torch.cuda reports as present."""
     card, attend = Card(), F.scaled_dot_product_attention
 
     def attention(queries, *rest, **how):

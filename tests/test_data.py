@@ -1,4 +1,4 @@
-"""Rows, captions, pictures, their cache and batches: what they become, and all that can go bad."""
+"""Rows, captions, images, their cache and batches: what becomes of them, and what can go wrong."""
 
 import csv
 import functools

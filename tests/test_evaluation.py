@@ -33,7 +33,7 @@ def read(_model, _precision, tokens):
 
 @pytest.fixture
 def encoders(monkeypatch):
-    """Instead of CLIP, which untrained takes all images for one class: as good as random."""
+    """In place of CLIP, which untrained takes all images for one class: random features."""
     monkeypatch.setattr(ic, "encode_images", look)
     monkeypatch.setattr(ic, "encode_texts", read)
 

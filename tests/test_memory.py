@@ -86,7 +86,7 @@ def test_what_a_pass_keeps_grows_evenly_with_its_pairs(model, precision):
 
 
 def test_what_a_trial_pass_kept_is_let_go(model):
-    """A graph whose saved results were the very tensors would hold itself, out of gc's sight."""
+    """A graph that saved its own tensors would keep itself alive, unseen by gc."""
 
     def elements():
         return sum(
@@ -144,7 +144,7 @@ def test_memory_is_read_before_the_trial_passes_which_keep_theirs(monkeypatch, m
 # ---- What was freed ----
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is what is set")
 def test_freed_memory_is_kept(tmp_path):
-    """Once kept, a step's tensors come from memory that the process has: its pages do not fault."""
+    """Afterwards, tensors reuse memory that the process has: its pages do not fault."""
     lines = """
         import resource, torch
         def faults():

@@ -30,7 +30,7 @@ def test_the_forward_equals_clips_own_and_so_does_every_gradient():
 
 
 def test_the_gradients_are_the_same_to_the_bit_each_time():
-    """With enough tokens for two threads: adding them up by indexing would not be."""
+    """With enough tokens for two threads: plain indexing would add up gradients in any order."""
     model, runs, threads = grown(tiny_model()), [], torch.get_num_threads()
     torch.set_num_threads(2)
     tokens = clip.tokenize([f"Navy Blue Silk Saree Number {i}" for i in range(120)])

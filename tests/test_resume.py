@@ -90,8 +90,8 @@ DURING += [("ic.draw_confusion", 1)]
 
 @pytest.mark.parametrize("numbers", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGINT]])
 def test_a_run_struck_again_and_again_ends_as_if_nothing_had_been(tmp_path, untouched, numbers):
-    """Signals that can be heard end it at once, or saved within a step. Nothing that catches errors
-    swallows them: no weights are blamed, no picture, no last.pt."""
+    """A signal that can be caught ends it at once, or saved within a step. No handler of errors
+    takes it for one: neither the weights, an image nor last.pt is blamed."""
     places, heard = BEFORE + DURING, signal.SIGTERM in numbers
     moments = [(*place, int(numbers[i % len(numbers)])) for i, place in enumerate(places)]
     output = run_driver(tmp_path, STRUCK.format(moments=moments), untouched[1])
@@ -162,7 +162,7 @@ def test_a_finished_run_is_left_alone_and_another_refused_by_name(tmp_path, unto
 
 
 def test_an_epoch_resumed_after_its_last_step_has_no_speed():
-    """Interrupted while it was evaluated: what is left of it takes no time, which divides badly."""
+    """Interrupted during its evaluation: no step is left, so there is no speed to log."""
     state = make_state(epoch=1, step=3, loss_sum=6.0)
     assert ic.train_epoch(state, toy_dataset("xxxx", "abcd"), bar=None) == {"train_loss": 2.0}
 
@@ -188,7 +188,7 @@ def test_a_run_goes_on_in_another_precision(tmp_path, monkeypatch, first, then, 
 
 @pytest.mark.parametrize("chosen, chunk", [(None, 4), (8, 8)])
 def test_a_run_goes_on_in_the_same_chunks_unless_told(tmp_path, monkeypatch, chosen, chunk):
-    """More memory may be free by then, but other chunks would add up to other last bits."""
+    """More memory may be free by then, but other chunks would change the last bits."""
     monkeypatch.setattr(ic, "OUTPUT_PATH", str(tmp_path))
     monkeypatch.setattr(ic, "CHUNK_SIZE", chosen)
     ic.save_run(make_state(chunk=4))

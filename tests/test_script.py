@@ -188,7 +188,7 @@ def test_frames_tell_right_from_wrong():
 
 
 def test_of_many_classes_the_largest_are_drawn(monkeypatch):
-    """A thousand would be a picture of gigabytes."""
+    """A figure of a thousand classes would take gigabytes."""
     monkeypatch.setattr(ic, "save_figure", lambda name, figure: figures.append(figure))
     figures, names = [], [f"class {i}" for i in range(200)]
     labels = torch.arange(200).repeat_interleave(torch.arange(200))

@@ -34,7 +34,7 @@ def test_the_loss_is_as_computed_by_hand():
 
 
 def test_pairs_of_one_caption_are_positives_of_each_other():
-    """Plain cross-entropy does as much: the loss and every gradient are those of shared targets."""
+    """Plain cross-entropy gives the loss and every gradient of shared targets."""
     torch.manual_seed(0)
     images, captions = torch.randn(9, 16).double(), torch.randn(4, 16).double()
     leaves = [images, captions, torch.tensor(3.0).double().log()]
@@ -136,7 +136,7 @@ def test_an_overflow_under_the_scaler_skips_the_step():
 
 # ---- Memory ----
 def test_running_out_of_memory_ends_the_run_saved_and_it_goes_on_in_smaller_chunks(tmp_path):
-    """In a chunk's backward(), after which torch can crash as the interpreter ends."""
+    """In the backward() of a chunk, after which torch can crash when the interpreter ends."""
     lines = """
         import torch
         real, calls = ic.encode_images, []

@@ -1,4 +1,4 @@
-"""Several processes, of one machine or two, are the same training as one."""
+"""Several processes, on one machine or two, train what one process trains."""
 
 import shutil
 import socket
@@ -59,7 +59,7 @@ def test_steps_of_three_processes_are_those_of_one(tmp_path):
 
 # ---- Runs ----
 def test_two_machines_of_two_processes_are_as_one_process(tmp_path):
-    """In one folder, so that one of the four decodes each split while the others wait."""
+    """They share a folder: one of the four decodes each split while the others wait."""
     constants = quick(make_dataset(tmp_path / "data", train=25, val=7), CHUNK_SIZE=3)
     lines = """
         import os, time, torch
@@ -99,7 +99,7 @@ def test_more_processes_than_pairs_end_with_a_line(monkeypatch):
 
 
 def test_a_process_whose_fellow_has_ended_says_so_in_a_line(monkeypatch):
-    """But running out of memory, which torch makes a RuntimeError too, is told as such."""
+    """Running out of memory, which is a RuntimeError too, is not mistaken for it."""
     monkeypatch.setattr(ic, "WORLD_SIZE", 2)
     errors = {RuntimeError("Connection closed by peer"): SystemExit}
     errors[torch.OutOfMemoryError("simulated")] = torch.OutOfMemoryError

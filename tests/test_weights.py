@@ -236,7 +236,7 @@ class Server(ThreadingHTTPServer):
             self.files[path] = json.dumps(content).encode() if name == "config" else content
 
     def add_link(self, content):
-        """An address as OpenAI's are: the last part but one is the file's sum."""
+        """A link of OpenAI's form: the last folder is the file's checksum."""
         path = f"/clip/models/{hashlib.sha256(content).hexdigest()}/ViT-B-32.pt"
         self.files[path] = content
         return self.url + path
@@ -314,7 +314,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """Of other weights, as OpenAI's link has them."""
+    """OpenAI's server has other weights than the hub, to tell them apart."""
     save_archive(small_vit(), path := tmp_path_factory.mktemp("archive") / "clip.pt")
     return path.read_bytes()
 
