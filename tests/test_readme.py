@@ -220,7 +220,8 @@ def test_the_table_of_constants_gives_their_values():
 
 # ---- Figures ----
 STUDIES = ROOT / "tests/studies"
-STEP, PEAK = "step of 64, float32", "this script, float32"
+STEP, FLOAT32 = "step of 64, bfloat16", "step of 64, float32"
+PEAK = "this script, float32"
 TEST, SLOWER = "test, 5 seeds", "this script is faster by"
 QUOTES = {  # what the README says: (table, row, column)
     "learns {:.1f} images per second,": (PEAK, "batch 32", "pairs/s"),
@@ -228,6 +229,9 @@ QUOTES = {  # what the README says: (table, row, column)
     "open_clip takes {:.1f} times as long,": (STEP, "open_clip", SLOWER),
     "of transformers {:.1f}, of": (STEP, "transformers", SLOWER),
     "of sentence-transformers {:.1f} (": (STEP, "sentence_transformers", SLOWER),
+    "in float32 {:.1f},": (FLOAT32, "open_clip", SLOWER),
+    "{:.1f} and": (FLOAT32, "transformers", SLOWER),
+    "and {:.1f})": (FLOAT32, "sentence_transformers", SLOWER),
     "before (zero-shot) | {} |": (TEST, "0% tuned", "accuracy"),
     "from scratch | {} |": (TEST, "from a random start", "accuracy"),
     "| fine-tuned | {} |": (TEST, "as it is", "accuracy"),
@@ -235,7 +239,9 @@ QUOTES = {  # what the README says: (table, row, column)
 }
 
 
-@pytest.mark.parametrize("file", ["benchmark.json", "ablation.json", "transfer.json"])
+@pytest.mark.parametrize(
+    "file", ["benchmark.json", "benchmark_older.json", "ablation.json", "transfer.json"]
+)
 def test_the_tables_are_those_that_the_studies_wrote(monkeypatch, file):
     monkeypatch.syspath_prepend(STUDIES)
     from common import as_markdown
@@ -269,6 +275,10 @@ def test_the_script_can_be_read_in_one_sitting():
     lengths = {n.name: n.end_lineno - n.lineno + 1 for n in functions}
     assert max(lengths.values()) <= 40, max(lengths, key=lengths.get)
     assert len(README.splitlines()) <= 200 and len(README.split()) <= 1600
+    lines = (ROOT / "indofashion_clip.py").read_text(encoding="utf-8").splitlines()
+    [training] = [i for i, line in enumerate(lines) if line.startswith("# ---- From here on")]
+    claim = f"It has {round(len(lines), -1):,} lines; the first {round(training, -1)} are"
+    assert claim in README
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
