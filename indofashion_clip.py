@@ -1003,7 +1003,7 @@ def fit_chunk(model, precision, dataset, share):
     pair = 1.5 * (kept[1] - kept[0]) / max(1, more - few)  # half as much again comes and goes
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
     besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)  # + copies, + all_reduce
-    logits = 20 * (WORLD_SIZE * share) ** 2  # the loss and its gradient: five float32 [B, B]
+    logits = 20 * (WORLD_SIZE * share) ** 2  # of the loss: 16 bytes a logit were measured
     free -= besides * weights + logits + 2**29
     fitting = int(free / max(1.0, pair))
     if fitting < 1:
