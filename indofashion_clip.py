@@ -779,13 +779,14 @@ def tokenize(texts):
     """
     # CLIP lower-cases after it resolves HTML entities, whose names are case-sensitive.
     spellings = list({text.lower(): text for text in texts}.values())
-    row_of_tokens, row_of_text, distinct = {}, {}, bytearray()
+    row_of_tokens, row_of_text = {}, {}
     for start in range(0, len(spellings), 10_000):
         part = spellings[start : start + 10_000]
         for text, tokens in zip(part, clip.tokenize(part, truncate=True).int(), strict=True):
             key = tokens.numpy().tobytes().rstrip(b"\0")
             row_of_text[text.lower()] = row_of_tokens.setdefault(key, len(row_of_tokens))
-    for key in row_of_tokens:
+    distinct = bytearray()
+    for key in row_of_tokens:  # join() would hold all of them twice
         distinct += key.ljust(4 * 77, b"\0")
     tokens = torch.frombuffer(distinct, dtype=torch.int32).view(-1, 77)
     return tokens, torch.tensor([row_of_text[text.lower()] for text in texts])
@@ -983,11 +984,8 @@ def bytes_kept(model, precision, dataset, count):
 
     pixels, tokens = dataset[rows]
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        kept = encode_images(model, precision, pixels, torch.zeros(len(rows), 3))
-        kept = (
-            kept,
-            encode_texts(model, precision, tokens),
-        )  # alive, so that no address is used twice
+        alive = [encode_images(model, precision, pixels, torch.zeros(len(rows), 3))]
+        alive.append(encode_texts(model, precision, tokens))  # so that no address is used twice
     return sum(sizes.values())
 
 
@@ -1285,9 +1283,7 @@ def stop_if_signalled(state):
     """End the run, saved, if Ctrl-C or SIGTERM has told one of its processes to."""
     number = int(all_reduce(torch.tensor(max(state.signals, default=0)), dist.ReduceOp.MAX))
     if number:
-        if (
-            state.epoch <= NUM_EPOCHS
-        ):  # later last.pt is complete, and the model holds other weights
+        if state.epoch <= NUM_EPOCHS:  # later last.pt is complete, and finish() loads other weights
             save_run(state)
         say(f"Stopped and saved in {OUTPUT_PATH}/last.pt: the same command goes on from there.")
         all_reduce(torch.zeros(1))  # it is saved before torchrun hears of any exit

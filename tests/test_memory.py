@@ -20,6 +20,12 @@ def model():
     return tiny_model()
 
 
+@pytest.fixture(scope="module")
+def weights(model):
+    """The bytes of its weights."""
+    return sum(4 * parameter.numel() for parameter in model.parameters())
+
+
 # ---- What is free ----
 def write_groups(root, version, own, groups):
     """A container's files, as it sees them: `groups` are {folder: (limit, use, cache of it)}."""
@@ -103,8 +109,7 @@ def fit(monkeypatch, model, free, share, rows=ROWS):
     return ic.fit_chunk(model, torch.float32, rows, share)
 
 
-def test_the_chunk_fits_the_free_memory_and_is_even(monkeypatch, capsys, model):
-    weights = sum(4 * parameter.numel() for parameter in model.parameters())
+def test_the_chunk_fits_the_free_memory_and_is_even(monkeypatch, capsys, model, weights):
     kept = {count: ic.bytes_kept(model, torch.float32, ROWS, count) for count in (8, 16)}
     pair, share, sizes = (kept[16] - kept[8]) / 8, 4_000, (1.1, 1.3, 2, 3, 9999)
     chunks = [fit(monkeypatch, model, gigabytes * GB, share) for gigabytes in sizes]
@@ -117,10 +122,9 @@ def test_the_chunk_fits_the_free_memory_and_is_even(monkeypatch, capsys, model):
     assert capsys.readouterr().out == ""
 
 
-def test_where_nothing_fits_it_is_one_pair_and_a_line(monkeypatch, capsys, model):
+def test_where_nothing_fits_it_is_one_pair_and_a_line(monkeypatch, capsys, model, weights):
     assert fit(monkeypatch, model, 0.2 * GB, share=8) == 1
     assert capsys.readouterr().out.startswith("MEMORY: 0.")
-    weights = sum(4 * parameter.numel() for parameter in model.parameters())
     assert fit(monkeypatch, model, 3 * weights + 2**29 + 2e4, share=8) == 1  # not even one fits
     assert capsys.readouterr().out.startswith("MEMORY: 0.0 GB more")
     assert fit(monkeypatch, model, 99 * GB, 1, toy_dataset("a", ["one pair"])) == 1

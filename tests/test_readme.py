@@ -275,7 +275,7 @@ def test_the_script_can_be_read_in_one_sitting():
     lengths = {n.name: n.end_lineno - n.lineno + 1 for n in functions}
     assert max(lengths.values()) <= 40, max(lengths, key=lengths.get)
     assert len(README.splitlines()) <= 200 and len(README.split()) <= 1600
-    lines = (ROOT / "indofashion_clip.py").read_text(encoding="utf-8").splitlines()
+    lines = source.splitlines()
     [training] = [i for i, line in enumerate(lines) if line.startswith("# ---- From here on")]
     claim = f"It has {round(len(lines), -1):,} lines; the first {round(training, -1)} are"
     assert claim in README
