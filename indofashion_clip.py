@@ -82,7 +82,7 @@ NUM_EPOCHS = 6  # people stop at 3 to 10: CLIP starts close and overfits soon
 LR = 1e-5  # the peak; 5e-6 to 3e-5 are usual, and 5e-5 is reported to forget
 WARMUP = 0.1  # the fraction of the steps in which the learning rate rises to LR
 MAX_GRAD_NORM = 1.0  # the gradient's norm is clipped to it: one odd batch does no harm
-CLASS_PROMPT_SHARE = 0.25  # of the titles are replaced by the class prompts that test accuracy
+CLASS_WEIGHT = 1.0  # of the class loss beside the caption loss; 0 learns captions only
 MIN_CROP = 1.0  # the smallest random crop, as a fraction of the side; 1 does not crop
 SEED = 0  # the same seed gives the same order, augmentation and, on a CPU, weights
 
@@ -111,7 +111,6 @@ SAMPLE_RUN = {  # the run without a dataset: these replace the constants above
     "BATCH_SIZE": 32,
     "NUM_EPOCHS": 60,
     "LR": 1e-3,
-    "CLASS_PROMPT_SHARE": 0.5,
     "MIN_CROP": 0.95,
 }
 
@@ -284,6 +283,49 @@ def clip_loss(image_features, text_features, logit_scale):
     return (loss_per_image + F.cross_entropy(logits_per_image.T, targets)) / 2
 
 
+class Parts(NamedTuple):
+    """Which images of a whole batch take part in which loss, on the model's device."""
+
+    titled: torch.Tensor  # int64, the indices of the images with a caption
+    labelled: torch.Tensor  # int64, the indices of those with a class
+    classes: torch.Tensor  # int64, the labelled ones' classes, as rows of the batch's prompts
+
+
+def batch_losses(image_features, text_features, prompt_features, parts, logit_scale):
+    """The caption loss of the titled images and the class loss of the labelled ones: float32 [2].
+
+    The features of a batch's B images, B texts and K classes are [B, D], [B, D] and [K, D]. Each
+    loss is a mean over its images, or 0 where the batch has none. The class loss is a loss of its
+    own: prompts among the captions would be wrong answers for the titled images of their class.
+    """
+    caption_loss = class_loss = 0 * logit_scale
+    if len(parts.titled):
+        titled = (
+            features.index_select(0, parts.titled) for features in (image_features, text_features)
+        )
+        caption_loss = clip_loss(*titled, logit_scale)
+    if len(parts.labelled):
+        labelled = image_features.index_select(0, parts.labelled)
+        class_loss = F.cross_entropy(
+            logit_scale.exp() * labelled @ prompt_features.T, parts.classes
+        )
+    return torch.stack([caption_loss, class_loss])
+
+
+def total_losses(losses, parts):
+    """Float32 [2, 2] to add up over batches: each loss times its images, and these images."""
+    images = torch.stack([losses.new_full((), len(indices)) for indices in parts[:2]])
+    return torch.stack([losses * images, images])
+
+
+def mean_losses(totals):
+    """{"loss": …} of added totals, and both parts of it where there are both."""
+    totals, images = totals.tolist()
+    caption_loss, class_loss = (a / max(1, b) for a, b in zip(totals, images, strict=True))
+    parts = {"caption_loss": caption_loss, "class_loss": class_loss} if all(images) else {}
+    return {"loss": caption_loss + CLASS_WEIGHT * class_loss} | parts
+
+
 def in_chunks(state, encode, *inputs):
     """encode(model, precision, *inputs) → features [B, D], state.chunk rows at a time.
 
@@ -303,23 +345,32 @@ def in_chunks(state, encode, *inputs):
     return torch.cat(list(map(recompute, *(rows.split(state.chunk) for rows in inputs))))
 
 
+def gather(own):
+    """[b, D] of this process → [B, D] of all, where the others' features are constants."""
+    if WORLD_SIZE == 1:
+        return own
+    return all_gather(own.detach()).slice_scatter(own, 0, RANK * len(own), (RANK + 1) * len(own))
+
+
 def forward_backward(state, batch):
-    """The loss of all B pairs; gradients of this process's b pairs, to be summed over processes."""
-    image_features = in_chunks(state, encode_images, batch.pixels, batch.draws)
+    """Both losses of all B images, [2]; gradients of this process's share, to be summed."""
+    model, prompt_features = state.model, None
+    image_features = gather(in_chunks(state, encode_images, batch.pixels, batch.draws))
     captions = in_chunks(state, encode_texts, batch.tokens)
-    text_features = F.embedding(to_device(batch.inverse, captions.device), captions)
-    own = torch.stack([image_features, text_features], 1)  # [b, 2, D]
-    features = all_gather(own.detach())  # [B, 2, D], where others' features are constants
-    features = features.slice_scatter(own, 0, RANK * len(own), (RANK + 1) * len(own))
-    loss = clip_loss(*features.unbind(1), state.model.logit_scale)
-    state.scaler.scale(loss).backward()
-    return loss.detach()
+    text_features = gather(F.embedding(to_device(batch.inverse, captions.device), captions))
+    if len(batch.prompts):
+        prompt_features = gather(in_chunks(state, encode_texts, batch.prompts))[: batch.num_classes]
+    parts = Parts(*(to_device(part, captions.device) for part in batch.parts))
+    losses = batch_losses(image_features, text_features, prompt_features, parts, model.logit_scale)
+    caption_loss, class_loss = losses.unbind()
+    state.scaler.scale(caption_loss + CLASS_WEIGHT * class_loss).backward()
+    return losses.detach()
 
 
 def train_step(state, batch):
-    """One optimizer step → the loss of all B pairs, a tensor: reading it waits for the device."""
+    """One optimizer step → both losses [2] of the batch: reading them waits for the device."""
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
-    loss = forward_backward(state, batch)
+    losses = forward_backward(state, batch)
     if WORLD_SIZE > 1:  # in one exchange; the activations, which took more memory, are gone
         model.logit_scale.grad /= WORLD_SIZE  # the loss's own: each process has all of it already
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -332,7 +383,7 @@ def train_step(state, batch):
     optimizer.zero_grad()
     with torch.no_grad():
         model.logit_scale.clamp_(max=math.log(100))  # as the CLIP paper does, for stability
-    return loss
+    return losses
 
 
 def make_optimizer(model):
@@ -367,43 +418,43 @@ class State:
     history: list = field(default_factory=list)  # the lines of metrics.jsonl
     epoch: int = 0  # 0: the evaluation before training; NUM_EPOCHS + 1: all are done
     step: int = 0  # steps of this epoch that are done
-    loss_sum: float | torch.Tensor = 0.0  # of these steps; a tensor until somebody reads it
+    totals: torch.Tensor = torch.zeros(2, 2)  # of these steps' losses; to read it waits
     finished: bool = False
 
 
 def train_epoch(state, dataset, bar):
     """Train from step state.step to the epoch's end, saving every 10 minutes → its metrics."""
     first, begin = state.step, time.perf_counter()
-    last_save = begin
+    last_save, device = begin, state.model.mean.device
     for batch in epoch_batches(dataset, state.epoch, state.batch_size, first):
         step = (state.epoch - 1) * state.steps_per_epoch + state.step
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(step, NUM_EPOCHS * state.steps_per_epoch)
-        state.loss_sum = state.loss_sum + train_step(state, batch)
+        state.totals = state.totals.to(device) + total_losses(train_step(state, batch), batch.parts)
         state.step += 1
         bar.update()
         if state.step % 20 == 0:
-            bar.set_postfix(loss=f"{mean_loss(state):.3f}")
+            bar.set_postfix(loss=f"{check_finite(state)['loss']:.3f}")
         if time.perf_counter() > last_save + 600:
             save_run(state)
             last_save = time.perf_counter()
         stop_if_signalled(state)
-    metrics = {"train_loss": mean_loss(state)}
+    metrics = {f"train_{name}": loss for name, loss in check_finite(state).items()}
     if state.step > first:  # else the run was interrupted after the epoch's last step
         pairs = (state.step - first) * state.batch_size
         metrics["train_pairs_per_second"] = pairs / (time.perf_counter() - begin)
     return metrics
 
 
-def mean_loss(state):
-    """The epoch's mean loss so far. Waits for the device. Stops if it or a weight is not finite."""
-    state.loss_sum = float(state.loss_sum)
+def check_finite(state):
+    """The epoch's mean_losses so far. Waits for the device; stops where a weight is not finite."""
+    losses = mean_losses(state.totals)
     weights = torch.nn.utils.get_total_norm(state.model.parameters())
-    if not math.isfinite(state.loss_sum + weights):
+    if not math.isfinite(losses["loss"] + weights):
         place = f"by step {state.step} of epoch {state.epoch}"
         advice = f"lower LR and set another OUTPUT_PATH; {OUTPUT_PATH} holds the last good weights"
         sys.exit(f"the loss or a weight is not finite {place}: {advice}")
-    return state.loss_sum / max(1, state.step)
+    return losses
 
 
 def train(state, splits):
@@ -417,7 +468,7 @@ def train(state, splits):
         while state.epoch <= NUM_EPOCHS:
             trained = train_epoch(state, splits["train"], bar) if state.epoch > 0 else {}
             log(state, "val", state.epoch, evaluate(state, splits["val"]).metrics | trained)
-            state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
+            state.epoch, state.step, state.totals = state.epoch + 1, 0, torch.zeros(2, 2)
             save_run(state)
             save_best(state)
 
@@ -531,24 +582,24 @@ def encode_all(state, encode, batches):
 @torch.no_grad()
 def evaluate(state, dataset):
     """Zero-shot classification and retrieval on a split → Evaluation; every process does it all."""
-    begin, metrics = time.perf_counter(), {}
+    begin = time.perf_counter()
     images = load_ahead(lambda rows: pin(dataset[rows][0]), torch.arange(len(dataset)).split(256))
     image_features = encode_all(state, encode_images, images)
     text_features = encode_all(state, encode_texts, dataset.tokens.split(256))
-    device, loss = image_features.device, 0.0
-    text_ids = dataset.text_ids.to(device)  # the first caption of each image, or a class prompt
-    order = shuffled(len(dataset)).to(device)  # the file may be sorted by class
-    for rows in order.split(state.batch_size):
-        pairs = image_features[rows], text_features[text_ids[rows]]
-        loss += clip_loss(*pairs, state.model.logit_scale).item() * len(rows) / len(dataset)
-    metrics["loss"], predicted = loss, torch.empty(0, dtype=torch.int64)
+    totals = torch.zeros(2, 2, device=image_features.device)
+    for rows in shuffled(len(dataset)).split(state.batch_size):  # the file may be sorted by class
+        parts, classes = dataset.parts(rows)
+        texts = text_features[dataset.first_texts[rows]], text_features[dataset.prompts[classes, 0]]
+        losses = batch_losses(image_features[rows], *texts, parts, state.model.logit_scale)
+        totals += total_losses(losses, parts)
+    metrics, predicted = mean_losses(totals), torch.empty(0, dtype=torch.int64)
     if (dataset.labels >= 0).any():
-        class_features = F.normalize(text_features[dataset.prompt_ids].mean(1), dim=-1)  # [K, D]
+        class_features = F.normalize(text_features[dataset.prompts].mean(1), dim=-1)  # [K, D]
         predicted = top_k(image_features, class_features, 1).squeeze(1).cpu()
         metrics |= classification_scores(dataset.labels, predicted, len(class_features))
     text_features = text_features[: dataset.num_captions]
     if len(dataset.pairs):
-        metrics |= retrieval_recall(image_features, text_features, dataset.pairs.to(device))
+        metrics |= retrieval_recall(image_features, text_features, dataset.pairs.to(totals.device))
     seconds = time.perf_counter() - begin
     metrics |= {"seconds": seconds, "pairs_per_second": len(dataset) / seconds}
     return Evaluation(metrics, predicted, image_features, text_features)
@@ -798,9 +849,10 @@ class FashionDataset(Dataset):
     i may also be a list, a slice or a tensor of n indices: → ([n, 3, R, R], [n, 77]). The text is
     the image's first caption, or a class prompt where it has none; epoch_batches draws others.
 
-    tokens: int32 [T, 77], of the C captions, then of class prompts. ids: int64, rows of tokens: all
-    images' captions in turn, then the classes' prompts. text_ids: int64 [N], each image's.
-    pairs: int64 [P, 2], (image, caption). labels: int64 [N], in class_names; -1 for none.
+    tokens: int32 [T, 77], of the C captions, then of class prompts. texts[i]: the rows of tokens of
+    image i's captions or, where it is not titled, of its class's first prompt. prompts: int64
+    [K, len(PROMPTS)], each class's. pairs: int64 [P, 2], (image, caption). labels: int64 [N], in
+    class_names; -1 for none.
     """
 
     def __init__(self, usable, pixels, class_names):
@@ -809,22 +861,29 @@ class FashionDataset(Dataset):
         self.pixels, self.class_names = pixels, class_names
         number = {name: i for i, name in enumerate(class_names)}
         self.labels = torch.tensor([number.get(e.class_name, -1) for e in self.examples])
-        self.captions = [caption for example in self.examples for caption in example.captions]
+        captions = list(dict.fromkeys(chain(*(e.captions for e in self.examples))))
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
-        self.tokens, self.ids = tokenize(self.captions + prompts)
-        caption_ids, prompt_ids = self.ids.split([len(self.captions), len(prompts)])
-        self.num_captions = int(caption_ids.max()) + 1 if self.captions else 0
-        self.prompt_ids = prompt_ids.view(len(class_names), len(PROMPTS))  # [K, prompts]
-        self.counts = torch.tensor([len(example.captions) for example in self.examples])
-        images = torch.arange(len(self)).repeat_interleave(self.counts)
-        self.pairs = torch.stack([images, caption_ids], 1)
-        self.text_ids = self.choose_texts(0, self.counts == 0, 0)
+        self.tokens, rows = tokenize(captions + prompts)
+        row_of = dict(zip(captions, rows.tolist(), strict=False))
+        self.prompts = rows[len(captions) :].view(len(class_names), len(PROMPTS))
+        self.num_captions = max(row_of.values(), default=-1) + 1
+        self.titled = torch.tensor([bool(e.captions) for e in self.examples])
+        first_prompts = self.prompts[self.labels, 0].tolist() if class_names else []
+        self.texts = [
+            list(dict.fromkeys(row_of[caption] for caption in e.captions)) or [first_prompts[i]]
+            for i, e in enumerate(self.examples)
+        ]
+        self.first_texts = torch.tensor([texts[0] for texts in self.texts])
+        pairs = [(i, t) for i, e in enumerate(self.examples) if e.captions for t in self.texts[i]]
+        self.pairs = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
 
-    def choose_texts(self, caption, prompted, template):
-        """Each image's caption of that number, or where prompted its class prompt: int64 [N]."""
-        captions = self.counts.cumsum(0) - self.counts + caption
-        prompts = len(self.pairs) + self.labels * len(PROMPTS) + template
-        return self.ids[torch.where(prompted, prompts, captions)]
+    def parts(self, rows):
+        """→ (the Parts of a batch of these images, the K classes that it has, int64 [K])."""
+        titled = self.titled[rows].nonzero().squeeze(1)
+        labels = self.labels[rows] if CLASS_WEIGHT else torch.full_like(rows, -1)
+        labelled = (labels >= 0).nonzero().squeeze(1)
+        classes, class_of = labels[labelled].unique(return_inverse=True)
+        return Parts(titled, labelled, class_of), classes
 
     def __len__(self):
         return len(self.examples)
@@ -832,7 +891,7 @@ class FashionDataset(Dataset):
     def __getitem__(self, index):
         rows = self.cache_rows[index]
         pixels = self.pixels.index_select(0, rows.flatten())
-        return pixels.view(rows.shape + pixels.shape[1:]), self.tokens[self.text_ids[index]]
+        return pixels.view(rows.shape + pixels.shape[1:]), self.tokens[self.first_texts[index]]
 
 
 def say_what_is_missing(path, columns, examples, class_names):
@@ -898,24 +957,13 @@ def load_splits(resolution):
 
 
 class Batch(NamedTuple):
-    pixels: torch.Tensor  # uint8 [b, 3, R, R], this process's share of the B pairs
+    pixels: torch.Tensor  # uint8 [b, 3, R, R], this process's share of the B images
     draws: torch.Tensor  # float32 [b, 3], uniform in 0..1: of each crop's side, x and y
     tokens: torch.Tensor  # int32 [texts, 77], the share's distinct texts
     inverse: torch.Tensor  # int64 [b], each image's row of tokens
-
-
-def draw_texts(dataset, order, batch_size, generator):
-    """Each image's text in an epoch, int64 [N]: a caption, or its class in the batch's template.
-
-    One template per batch makes equal texts of a class's prompts: in a batch of several templates
-    they would be negatives of each other.
-    """
-    size = len(dataset)
-    prompt_draw, caption_draw = torch.rand(2, size, generator=generator)
-    templates = torch.randint(len(PROMPTS), (size // batch_size + 1,), generator=generator)
-    template = templates[order.argsort() // batch_size]
-    prompted = (prompt_draw < CLASS_PROMPT_SHARE) & (dataset.labels >= 0) | (dataset.counts == 0)
-    return dataset.choose_texts((caption_draw * dataset.counts).long(), prompted, template)
+    prompts: torch.Tensor  # int32 [ceil(K / processes), 77], the share of the K classes' prompts
+    num_classes: int  # K, those of the B images
+    parts: Parts
 
 
 def epoch_batches(dataset, epoch, batch_size, first_step=0):
@@ -924,16 +972,26 @@ def epoch_batches(dataset, epoch, batch_size, first_step=0):
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + epoch)
     order = torch.randperm(size, generator=generator)
     crops = torch.rand(size, 3, generator=generator)
-    dataset.text_ids = draw_texts(dataset, order, batch_size, generator)
-
-    def load(rows):
-        own = rows.chunk(WORLD_SIZE)[RANK]
-        pixels, tokens = dataset[own]
-        tokens, inverse = tokens.unique(dim=0, return_inverse=True)
-        return Batch(pin(pixels), crops[own], tokens, inverse)
-
+    draws = torch.rand(size, generator=generator).tolist()
+    drawn = [
+        texts[int(draw * len(texts))] for draw, texts in zip(draws, dataset.texts, strict=True)
+    ]
+    drawn = torch.tensor(drawn)
     full = order.split(batch_size)[: size // batch_size]  # the rest waits for the next shuffle
-    return load_ahead(load, full[first_step:])
+    templates = torch.randint(len(PROMPTS), (len(full),), generator=generator)
+
+    def load(step):
+        own = full[step].chunk(WORLD_SIZE)[RANK]
+        tokens, inverse = dataset.tokens[drawn[own]].unique(dim=0, return_inverse=True)
+        parts, classes = dataset.parts(full[step])
+        repeated = torch.arange(-(-len(classes) // WORLD_SIZE) * WORLD_SIZE) % max(1, len(classes))
+        shared = classes[repeated].chunk(WORLD_SIZE)[RANK]
+        prompts = dataset.tokens[dataset.prompts[shared, templates[step]]]
+        return Batch(
+            pin(dataset[own][0]), crops[own], tokens, inverse, prompts, len(classes), parts
+        )
+
+    return load_ahead(load, range(first_step, len(full)))
 
 
 def load_ahead(load, batches):
@@ -950,8 +1008,8 @@ def load_ahead(load, batches):
 # ---- The run: fingerprint, memory, saving and going on -------------------------------------------
 # All that change the weights; resuming refuses a change. BATCH_SIZE has its own entry.
 HYPERPARAMETERS = ("MODEL", "NUM_EPOCHS", "LR", "WARMUP", "MAX_GRAD_NORM", "MIN_CROP", "SEED")
-HYPERPARAMETERS += ("CLASS_PROMPT_SHARE", "PROMPTS", "CLASS_NAMES")
-PROGRESS = ("history", "epoch", "step", "loss_sum", "finished")
+HYPERPARAMETERS += ("CLASS_WEIGHT", "PROMPTS", "CLASS_NAMES")
+PROGRESS = ("history", "epoch", "step", "totals", "finished")
 
 
 def new_state(model, splits):
@@ -1034,7 +1092,7 @@ def free_memory(device, root="/"):
 
 def save_run(state):
     """Write last.pt, from which the run goes on exactly."""
-    mean_loss(state)
+    check_finite(state)
     if RANK == 0:
         saved = {name: getattr(state, name) for name in ("fingerprint", "chunk", *PROGRESS)}
         for name in ("model", "optimizer", "scaler"):
@@ -1351,7 +1409,8 @@ RULES = {  # constants: (what each must be, whether it is)
     "BATCH_SIZE": ("a whole number from 2 on", lambda v: type(v) is int and v >= 2),
     "NUM_EPOCHS": ("a whole number from 0 on", lambda v: type(v) is int and v >= 0),
     "LR": ("a number above 0", lambda v: 0 < v < math.inf),
-    "WARMUP CLASS_PROMPT_SHARE": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "WARMUP": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "CLASS_WEIGHT": ("a number from 0 on", lambda v: 0 <= v < math.inf),
     "MAX_GRAD_NORM": ("a number above 0", lambda v: v > 0),
     "MIN_CROP": ("a number above 0, at most 1", lambda v: 0 < v <= 1),
     "SEED": ("a whole number from 0 to 2**31", lambda v: type(v) is int and 0 <= v <= 2**31),
@@ -1488,7 +1547,7 @@ def draw_retrieval(dataset, results):
     for pair in shuffled(len(dataset.pairs)).tolist():
         image, caption = dataset.pairs[pair].tolist()
         if len(queries) < 8:
-            queries.setdefault(caption, (image, dataset.captions[pair]))
+            queries.setdefault(caption, (image, dataset.examples[image].captions[dataset.texts[image].index(caption)]))
     if not queries:
         return
     figure = Figure(figsize=(13.2, 1.45 * len(queries) + 0.5), layout="constrained")

@@ -44,33 +44,48 @@ def main():
             globals().update(paths | how)
             fine_tune()
 """
-FLIP = """
-plain_encode = encode_images
-def encode_images(model, precision, pixels, draws=None):
-    if draws is not None:
-        flipped = (draws[:, 0] < 0.5).view(-1, 1, 1, 1)
-        pixels = torch.where(flipped, pixels.flip(-1), pixels)
-    return plain_encode(model, precision, pixels, draws)
+BOTH_WAYS = """
+plain_losses = batch_losses
+def batch_losses(image_features, text_features, prompt_features, parts, logit_scale):
+    losses = plain_losses(image_features, text_features, prompt_features, parts, logit_scale)
+    if not len(parts.labelled):
+        return losses
+    labelled = image_features.index_select(0, parts.labelled)
+    per_class = (logit_scale.exp() * prompt_features @ labelled.T).log_softmax(1)
+    right = F.one_hot(parts.classes, len(prompt_features)).T.float()
+    images_found = -(per_class * right).sum(1) / right.sum(1)
+    return torch.stack([losses[0], (losses[1] + images_found.mean()) / 2])
 """
-STEP = """
-plain_step, start = train_step, {}
-def train_step(state, *rest):
-    before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
-    start.update(before | start)
-    loss, rate = plain_step(state, *rest), state.optimizer.param_groups[0]["lr"]
-    for name, weight in state.model.state_dict().items():
-        weight.copy_(%s)
-    return loss
+BY_COUNT = """
+plain_losses = batch_losses
+def batch_losses(image_features, text_features, prompt_features, parts, logit_scale):
+    losses = plain_losses(image_features, text_features, prompt_features, parts, logit_scale)
+    shares = [len(part) / len(image_features) for part in (parts.titled, parts.labelled)]
+    return torch.stack([loss * share for loss, share in zip(losses, shares)])
 """
+FEW = """
+plain_examples = read_examples
+def read_examples(path):
+    examples, *rest = plain_examples(path)
+    if "train" in str(path):
+        few = [e if zlib.crc32(e.image_path.encode()) % 10 == 0 else e._replace(LESS) for e in examples]
+        examples = few
+    return examples, *rest
+import zlib
+"""
+FEW_LABELS = FEW.replace("LESS", "class_name=''")
+FEW_TITLES = FEW.replace("LESS", "captions=()")
 VARIANTS = {  # name: (constants, lines before the script's end)
     "as it is": ({}, ""),
     "from a random start": ({"MODEL": "tiny", "LR": 1e-3}, ""),
-    **{f"class prompts for {s:.0%}": ({"CLASS_PROMPT_SHARE": s}, "") for s in (0, 0.5)},
-    "crop to 0.9 at least": ({"MIN_CROP": 0.9}, ""),
-    "a flip too": ({}, FLIP),
+    **{f"class weight {weight}": ({"CLASS_WEIGHT": weight}, "") for weight in (0.0, 0.5, 2.0)},
+    "class loss both ways": ({}, BOTH_WAYS),
+    "a tenth of the labels": ({}, FEW_LABELS),
+    "a tenth of the labels, losses by count": ({}, FEW_LABELS + BY_COUNT),
+    "a tenth of the titles": ({}, FEW_TITLES),
+    "a tenth of the titles, losses by count": ({}, FEW_TITLES + BY_COUNT),
     "20 epochs": ({"NUM_EPOCHS": 20}, ""),
     **{f"LR {rate:g}": ({"LR": rate}, "") for rate in (1e-4, 1e-3)},
-    "pull 10": ({}, STEP % "weight.lerp(start[name], 10 * rate)"),
 }
 if QUICK:
     VARIANTS = {name: VARIANTS[name] for name in list(VARIANTS)[::3]}
@@ -153,7 +168,7 @@ def main():
         done = {name: [one.result() for one in seeds] for name, seeds in asked.items()}
     table = {name: [seed[1] for seed in seeds] for name, seeds in done.items()}
     curves = {"mix": {f"{s:.0%} tuned": [seed[s] for seed in done["as it is"]] for s in MIX}}
-    curves |= {kind: {n: table[n] for n in table if n.startswith(kind)} for kind in ("LR", "pull")}
+    curves |= {kind: {n: table[n] for n in table if n.startswith(kind)} for kind in ("LR", "class weight")}
     table |= curves["mix"]
     tables = {}
     for split in ("val", "test", "first"):
