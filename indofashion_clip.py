@@ -7,39 +7,39 @@ Edit the constants first, or run it unchanged: without IndoFashion in data/indo-
 learns the bundled sample from scratch, drawings of 15 kinds of clothes. That takes a minute on two
 CPU cores, and then it classifies 9 of 10 correctly (chance: 1 in 15).
 
-Input: a folder of images and a file of rows, as JSON Lines, a JSON array or CSV, for train and, if
-you have them, val and test: {"image_path": "a/1.jpg", "product_title": "Red saree", "class_label":
-"saree"}. Title and class are optional, and an image may have several titles, in rows or a list.
-Output: outputs/best.pt, which clip.load can read.
+Input: images, and rows like {"image_path": "a/1.jpg", "product_title": "Red saree", "class_label":
+"saree"} as JSON Lines, a JSON array or CSV; or a folder of class folders. Title and class are
+optional, and an image may have several titles. Output: outputs/best.pt, which clip.load can read.
 
-Shapes: B pairs of an image and a text in a batch, b of them on this process; N images, C distinct
-captions and K classes in a split; D the width of an embedding; R the side of an image in pixels.
+Shapes: B images in a batch, b of them on this process; N images, C distinct captions and K classes
+in a split or a batch; D the width of an embedding; R the side of an image in pixels.
 """
 
 import csv
 import ctypes
 import functools
+import glob
 import hashlib
 import html
 import importlib.util
 import io
 import json
 import math
-import mmap
 import os
+import posixpath
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import chain, pairwise, product
+from itertools import chain, pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -48,22 +48,20 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset
-from torchvision.transforms.functional import center_crop, pil_to_tensor, to_pil_image
+from torch.utils.data import Dataset, get_worker_info
+from torchvision.transforms.functional import center_crop, pil_to_tensor
 from tqdm import tqdm
 
+warnings.filterwarnings("ignore", "pkg_resources is deprecated")
 try:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "pkg_resources is deprecated")
-        import clip
+    import clip
+
     _ = clip.tokenize, clip.model.CLIP
 except Exception as error:  # another package of that name may raise anything
     found = getattr(importlib.util.find_spec("clip"), "origin", "nothing")
@@ -77,14 +75,13 @@ OUTPUT_PATH = "outputs"  # weights, metrics and figures; one per run
 CACHE_PATH = "data/cache"  # decoded images, 150 KB each at 224 pixels; on a fast disk
 
 MODEL = "ViT-B/32"  # or another of OpenAI's names, a file, or a repository of the Hugging Face hub
-BATCH_SIZE = 256  # pairs per step: the more, the more negatives for each pair
+BATCH_SIZE = 256  # images per step: the more, the more negatives for each pair
 NUM_EPOCHS = 6  # people stop at 3 to 10: CLIP starts close and overfits soon
 LR = 1e-5  # the peak; 5e-6 to 3e-5 are usual, and 5e-5 is reported to forget
 WARMUP = 0.1  # the fraction of the steps in which the learning rate rises to LR
 MAX_GRAD_NORM = 1.0  # the gradient's norm is clipped to it: one odd batch does no harm
 CLASS_WEIGHT = 1.0  # of the class loss beside the caption loss; 0 learns captions only
-MIN_CROP = 1.0  # the smallest random crop, as a fraction of the side; 1 does not crop
-SEED = 0  # the same seed gives the same order, augmentation and, on a CPU, weights
+SEED = 0  # the same seed gives the same order, captions and, on a CPU, weights
 
 PROMPTS = ("a photo of a {}", "a product photo of a {}", "a {} for sale")  # averaged
 CLASS_NAMES = {  # better words than the label's own, with _ read as a space
@@ -101,7 +98,7 @@ CLASS_NAMES = {  # better words than the label's own, with _ read as a space
     "sherwanis": "sherwani",
     "women_kurta": "women's kurta",
 }
-CHUNK_SIZE = None  # pairs encoded at a time; None: as many as fit the free memory
+CHUNK_SIZE = None  # images encoded at a time; None: as many as fit the free memory
 
 SAMPLE_RUN = {  # the run without a dataset: these replace the constants above
     "IMAGE_PATH": "data/sample",
@@ -111,7 +108,6 @@ SAMPLE_RUN = {  # the run without a dataset: these replace the constants above
     "BATCH_SIZE": 32,
     "NUM_EPOCHS": 60,
     "LR": 1e-3,
-    "MIN_CROP": 0.95,
 }
 
 # ---- Set by torchrun -----------------------------------------------------------------------------
@@ -119,12 +115,12 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on its machine
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-BAR = {"leave": False, "disable": True if RANK > 0 else None}  # None: no bar in a log file
 
 
 # ---- Model ---------------------------------------------------------------------------------------
 PIXEL_MEAN = [0.48145466, 0.4578275, 0.40821073]
 PIXEL_STD = [0.26862954, 0.26130258, 0.27577711]
+PRECISIONS = torch.float32, torch.float16, torch.bfloat16  # the least first
 
 
 def load_clip(name):
@@ -144,25 +140,24 @@ def load_clip(name):
         sys.exit(f"MODEL: cannot load {name!r}: {brief(error, 1200)}. MODEL may be {kinds}")
     for buffer, values in {"mean": PIXEL_MEAN, "std": PIXEL_STD}.items():
         model.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
-    return model.float().eval()
+    return model.eval()
 
 
 def choose_precision(device):
-    """The dtype to compute the encoders in; the weights stay float32."""
+    """The dtype in which all processes compute the encoders; the weights stay float32."""
     if device.type == "cuda":  # a T4 claims bfloat16, which it only emulates
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-def pin(tensor):
-    """The tensor in pinned memory, from which a GPU copies while the host goes on."""
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    own = 2 if native else int(device.type == "cuda")
+    # The least that all have: in a sum, scaled gradients would drown those that are not scaled.
+    return PRECISIONS[int(all_reduce(torch.tensor(own), dist.ReduceOp.MIN))]
 
 
 def to_device(tensor, device):
-    return pin(tensor).to(device, non_blocking=True)
+    """A copy on the device, from pinned memory where that is a GPU: the host goes on meanwhile."""
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 def attention(queries_keys_values, num_sequences, causal):
@@ -237,24 +232,10 @@ def text_tower(model, tokens):
     return model.ln_final(tokens) @ model.text_projection
 
 
-def random_crop(images, draws):
-    """Images [B, 3, R, R], each cropped by its draws [B, 3], from 0 to 1, and resized to R."""
-    side, resolution = 1 - (1 - MIN_CROP) * draws[:, 0], images.shape[-1]
-    center = (draws[:, 1:3] * 2 - 1) * (1 - side)[:, None]  # [B, 2], x and y, from -1 to 1
-    pixel = torch.arange(resolution, device=images.device)
-    steps = (2 * pixel + 1) / resolution - 1  # the pixels' centers, from -1 to 1
-    x, y = (center[:, :, None] + side[:, None, None] * steps).unbind(1)  # [B, R] each
-    shape = len(images), resolution, resolution
-    grid = torch.stack([x[:, None, :].expand(shape), y[:, :, None].expand(shape)], -1)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-def encode_images(model, precision, pixels, draws=None):
-    """Pixels uint8 [B, 3, R, R] → image_features float32 [B, D] of length 1; cropped by draws."""
+def encode_images(model, precision, pixels):
+    """Pixels uint8 [B, 3, R, R] → image_features float32 [B, D] of length 1."""
     device = model.mean.device
     images = to_device(pixels, device).float()
-    if draws is not None and MIN_CROP < 1:
-        images = random_crop(images, to_device(draws, device))
     images = torch.addcmul(-model.mean / model.std, images, 1 / (255 * model.std)).to(precision)
     is_vit = hasattr(model.visual, "transformer")
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -284,65 +265,42 @@ def clip_loss(image_features, text_features, logit_scale):
 
 
 class Parts(NamedTuple):
-    """Which images of a whole batch take part in which loss, on the model's device."""
+    """Which of a whole batch's B images take part in which loss."""
 
-    titled: torch.Tensor  # int64, the indices of the images with a caption
-    labelled: torch.Tensor  # int64, the indices of those with a class
-    classes: torch.Tensor  # int64, the labelled ones' classes, as rows of the batch's prompts
+    titled: torch.Tensor  # int64, the indices of the images that have a caption
+    classes: torch.Tensor  # int64 [B], each image's among the batch's K; -100 for none
+    counts: tuple  # of the images with a caption, and with a class
 
 
 def batch_losses(image_features, text_features, prompt_features, parts, logit_scale):
-    """The caption loss of the titled images and the class loss of the labelled ones: float32 [2].
+    """The caption loss of the titled images and the class loss of the labelled ones, float32 [2].
 
-    The features of a batch's B images, B texts and K classes are [B, D], [B, D] and [K, D]. Each
-    loss is a mean over its images, or 0 where the batch has none. The class loss is a loss of its
-    own: prompts among the captions would be wrong answers for the titled images of their class.
+    Features: float32 of B images [B, D], their texts [B, D] and the batch's classes [K, D], all of
+    length 1. Each loss is a mean over its images, 0 where there are none. Among the captions a
+    class prompt would be a wrong answer to each titled image of its class: so it has its own loss.
     """
+    titled, classes = (to_device(part, image_features.device) for part in parts[:2])
     caption_loss = class_loss = 0 * logit_scale
-    if len(parts.titled):
-        titled = (
-            features.index_select(0, parts.titled) for features in (image_features, text_features)
-        )
-        caption_loss = clip_loss(*titled, logit_scale)
-    if len(parts.labelled):
-        labelled = image_features.index_select(0, parts.labelled)
-        class_loss = F.cross_entropy(
-            logit_scale.exp() * labelled @ prompt_features.T, parts.classes
-        )
+    if parts.counts[0]:
+        pairs = image_features.index_select(0, titled), text_features.index_select(0, titled)
+        caption_loss = clip_loss(*pairs, logit_scale)
+    if parts.counts[1]:
+        logits = logit_scale.exp() * image_features @ prompt_features.T  # [B, K]
+        class_loss = F.cross_entropy(logits, classes)  # which leaves out -100
     return torch.stack([caption_loss, class_loss])
 
 
-def total_losses(losses, parts):
-    """Float32 [2, 2] to add up over batches: each loss times its images, and these images."""
-    images = torch.stack([losses.new_full((), len(indices)) for indices in parts[:2]])
-    return torch.stack([losses * images, images])
-
-
-def mean_losses(totals):
-    """{"loss": …} of added totals, and both parts of it where there are both."""
-    totals, images = totals.tolist()
-    caption_loss, class_loss = (a / max(1, b) for a, b in zip(totals, images, strict=True))
-    parts = {"caption_loss": caption_loss, "class_loss": class_loss} if all(images) else {}
-    return {"loss": caption_loss + CLASS_WEIGHT * class_loss} | parts
-
-
-def in_chunks(state, encode, *inputs):
-    """encode(model, precision, *inputs) → features [B, D], state.chunk rows at a time.
+def in_chunks(state, encode, rows):
+    """encode(model, precision, rows) → features [B, D], state.chunk rows at a time.
 
     If all rows fit one chunk, this is a plain call. Else only the features are kept, and backward()
     encodes each chunk again: GradCache (Gao et al. 2021, arXiv 2101.06983).
     """
-
-    def encode_chunk(_, *rows):
-        return encode(state.model, state.precision, *rows)
-
-    if len(inputs[0]) <= state.chunk:
-        return encode_chunk(None, *inputs)
-    # The reentrant kind builds no graph before backward(): the peak of memory on a CPU was an
-    # eighth lower. It needs an input with a gradient: logit_scale is passed only for that.
-    how = {"use_reentrant": True, "preserve_rng_state": False}
-    recompute = functools.partial(checkpoint, encode_chunk, state.model.logit_scale, **how)
-    return torch.cat(list(map(recompute, *(rows.split(state.chunk) for rows in inputs))))
+    encode_rows = functools.partial(encode, state.model, state.precision)
+    if len(rows) <= state.chunk:
+        return encode_rows(rows)
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(encode_rows, part, **how) for part in rows.split(state.chunk)])
 
 
 def gather(own):
@@ -355,20 +313,19 @@ def gather(own):
 def forward_backward(state, batch):
     """Both losses of all B images, [2]; gradients of this process's share, to be summed."""
     model, prompt_features = state.model, None
-    image_features = gather(in_chunks(state, encode_images, batch.pixels, batch.draws))
+    image_features = gather(in_chunks(state, encode_images, batch.pixels))
     captions = in_chunks(state, encode_texts, batch.tokens)
     text_features = gather(F.embedding(to_device(batch.inverse, captions.device), captions))
     if len(batch.prompts):
         prompt_features = gather(in_chunks(state, encode_texts, batch.prompts))[: batch.num_classes]
-    parts = Parts(*(to_device(part, captions.device) for part in batch.parts))
-    losses = batch_losses(image_features, text_features, prompt_features, parts, model.logit_scale)
-    caption_loss, class_loss = losses.unbind()
-    state.scaler.scale(caption_loss + CLASS_WEIGHT * class_loss).backward()
+    features = image_features, text_features, prompt_features
+    losses = batch_losses(*features, batch.parts, model.logit_scale)
+    state.scaler.scale(losses[0] + CLASS_WEIGHT * losses[1]).backward()
     return losses.detach()
 
 
 def train_step(state, batch):
-    """One optimizer step → both losses [2] of the batch: reading them waits for the device."""
+    """One optimizer step → both losses of the batch, [2]: reading them waits for the device."""
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     losses = forward_backward(state, batch)
     if WORLD_SIZE > 1:  # in one exchange; the activations, which took more memory, are gone
@@ -410,64 +367,82 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # scales in float16 only
     precision: torch.dtype
-    batch_size: int  # pairs per step, of all processes
+    batch_size: int  # images per step, of all processes
     steps_per_epoch: int
-    chunk: int  # pairs that this process encodes at a time
+    chunk: int  # images that this process encodes at a time
     fingerprint: dict  # the constants and rows that have to stay the same to go on
-    signals: list = field(default_factory=list)  # received since training began
     history: list = field(default_factory=list)  # the lines of metrics.jsonl
+    views: dict = field(default_factory=dict)  # what the figures show, "before" and "after"
     epoch: int = 0  # 0: the evaluation before training; NUM_EPOCHS + 1: all are done
     step: int = 0  # steps of this epoch that are done
-    totals: torch.Tensor = torch.zeros(2, 2)  # of these steps' losses; to read it waits
+    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(2, 2))  # of their losses
     finished: bool = False
+    signals: list = field(default_factory=list)  # Ctrl-C or SIGTERM: the run ends after its step
+
+
+def total_losses(losses, parts):
+    """Float32 [2, 2] to add up over batches: each loss times its images, and their count."""
+    counts = torch.stack([losses.new_full((), count) for count in parts.counts])
+    return torch.stack([losses * counts, counts])
+
+
+def mean_losses(totals):
+    """{"loss": …} of added totals, and its two parts where there are both; waits for the device."""
+    totals, images = totals.tolist()
+    caption_loss, class_loss = (a / max(1, b) for a, b in zip(totals, images, strict=True))
+    parts = {"caption_loss": caption_loss, "class_loss": class_loss} if all(images) else {}
+    return {"loss": caption_loss + CLASS_WEIGHT * class_loss} | parts
 
 
 def train_epoch(state, dataset, bar):
     """Train from step state.step to the epoch's end, saving every 10 minutes → its metrics."""
     first, begin = state.step, time.perf_counter()
-    last_save, device = begin, state.model.mean.device
+    last_save, state.totals = begin, state.totals.to(state.model.mean.device)
     for batch in epoch_batches(dataset, state.epoch, state.batch_size, first):
         step = (state.epoch - 1) * state.steps_per_epoch + state.step
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(step, NUM_EPOCHS * state.steps_per_epoch)
-        state.totals = state.totals.to(device) + total_losses(train_step(state, batch), batch.parts)
+        losses = train_step(state, batch)
+        totals = total_losses(losses, batch.parts)
+        state.totals += torch.where(losses.isfinite(), totals, 0)  # the scaler skips such a step
         state.step += 1
-        bar.update()
         if state.step % 20 == 0:
-            bar.set_postfix(loss=f"{check_finite(state)['loss']:.3f}")
+            bar.set_postfix_str(f"loss {check_finite(state)['loss']:.3f}", refresh=False)
+        bar.update(state.batch_size)
         if time.perf_counter() > last_save + 600:
             save_run(state)
             last_save = time.perf_counter()
         stop_if_signalled(state)
     metrics = {f"train_{name}": loss for name, loss in check_finite(state).items()}
-    if state.step > first:  # else the run was interrupted after the epoch's last step
-        pairs = (state.step - first) * state.batch_size
-        metrics["train_pairs_per_second"] = pairs / (time.perf_counter() - begin)
-    return metrics
+    images, seconds = (state.step - first) * state.batch_size, time.perf_counter() - begin
+    return metrics | {"train_pairs_per_second": images / max(seconds, 1e-9)}
 
 
 def check_finite(state):
-    """The epoch's mean_losses so far. Waits for the device; stops where a weight is not finite."""
-    losses = mean_losses(state.totals)
-    weights = torch.nn.utils.get_total_norm(state.model.parameters())
-    if not math.isfinite(losses["loss"] + weights):
+    """The epoch's mean_losses so far. Waits for the device. Stops if a weight is not finite."""
+    if not torch.nn.utils.get_total_norm(state.model.parameters()).isfinite():
         place = f"by step {state.step} of epoch {state.epoch}"
         advice = f"lower LR and set another OUTPUT_PATH; {OUTPUT_PATH} holds the last good weights"
-        sys.exit(f"the loss or a weight is not finite {place}: {advice}")
-    return losses
+        sys.exit(f"a weight is not finite {place}: {advice}")
+    return mean_losses(state.totals)
 
 
 def train(state, splits):
     """Evaluate, then train and evaluate epoch by epoch, keeping the best weights and the last."""
     columns = "epoch split    loss accuracy macro-F1 image→text R@1, 5, 10 text→image R@1, 5, 10"
     say(f"\n{columns}   pairs/s")
-    done = max(0, state.epoch - 1) * state.steps_per_epoch + state.step
     save_best(state)  # the run may have been killed between last.pt and best.pt
-    total = NUM_EPOCHS * state.steps_per_epoch
-    with tqdm(desc="training", total=total, initial=done, **BAR) as bar:
+    images = state.steps_per_epoch * state.batch_size
+    done = max(0, state.epoch - 1) * images + state.step * state.batch_size
+    with progress("training", NUM_EPOCHS * images, done) as bar:
         while state.epoch <= NUM_EPOCHS:
             trained = train_epoch(state, splits["train"], bar) if state.epoch > 0 else {}
-            log(state, "val", state.epoch, evaluate(state, splits["val"]).metrics | trained)
+            save_run(state)
+            metrics, view = evaluate(state, splits["val"])
+            log(state, "val", state.epoch, metrics | trained)
+            state.views.setdefault("before", view)
+            if best_line(state.history) is state.history[-1]:
+                state.views["after"] = view
             state.epoch, state.step, state.totals = state.epoch + 1, 0, torch.zeros(2, 2)
             save_run(state)
             save_best(state)
@@ -492,32 +467,27 @@ def log(state, split, epoch, metrics):
     """Add a line to metrics.jsonl and to what is printed."""
     state.history.append({"epoch": epoch, "split": split} | metrics)
     write_lines("metrics.jsonl", state.history)
-
-    def column(key, form):
-        return format(metrics[key], form) if key in metrics else "-".rjust(int(form.split(".")[0]))
-
-    text = column("loss", "7.3f") + column("accuracy", "9.3f") + column("macro_f1", "9.3f")
-    for way in DIRECTIONS:
-        text += "    " + "".join(column(f"{way}_r{k}", "6.3f") for k in (1, 5, 10))
-    say(f"{epoch:5} {split:5} {text} {column('train_pairs_per_second', '9.1f')}")
+    forms = {"loss": "8.3f", "accuracy": "9.3f", "macro_f1": "9.3f"}
+    forms |= {
+        f"{way}_r{k}": "10.3f" if k == 1 else "6.3f" for way in DIRECTIONS for k in (1, 5, 10)
+    }
+    forms["train_pairs_per_second"] = "10.1f"
+    cells = (format(metrics.get(name, math.nan), form) for name, form in forms.items())
+    say(f"{epoch:5} {split:5}" + "".join(cells).replace("nan", "  -"))
 
 
 def finish(state, splits):
-    """Evaluate the start and best.pt, and draw them. If interrupted, all of it is repeated."""
-    all_reduce(torch.zeros(1))  # best.pt is written
-    state.optimizer = make_optimizer(state.model)  # drops the moments: nothing is trained any more
-    best_file, best_epoch, results = f"{OUTPUT_PATH}/best.pt", best_line(state.history)["epoch"], []
-    for weights in (MODEL, best_file):
-        state.model.load_state_dict(load_clip(weights).state_dict())
-        results.append(evaluate(state, splits["val"]))
+    """Draw val before and after training, and evaluate best.pt on test."""
+    best_file, best_epoch = f"{OUTPUT_PATH}/best.pt", best_line(state.history)["epoch"]
     if RANK == 0:
         draw_curves(state.history, best_epoch)
-        draw_confusion(splits["val"], results)
-        draw_retrieval(splits["val"], results)
+        draw_confusion(splits["val"], state.views)
+        draw_retrieval(splits["val"], state.views)
     if "test" in splits:
-        log(state, "test", best_epoch, evaluate(state, splits["test"]).metrics)
-    stop_if_signalled(state)
-    state.finished = True  # last.pt says so, and holds best.pt's weights
+        all_reduce(torch.zeros(1))  # best.pt is written
+        state.model.load_state_dict(torch.load(best_file, map_location="cpu", weights_only=True))
+        log(state, "test", best_epoch, evaluate(state, splits["test"])[0])
+    state.finished = True
     save_run(state)
     say(f"\nBest weights (epoch {best_epoch}): {best_file}. To use them:")
     say(f'    model, preprocess = clip.load("{best_file}")')
@@ -525,13 +495,6 @@ def finish(state, splits):
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 DIRECTIONS = ("image_to_text", "text_to_image")
-
-
-class Evaluation(NamedTuple):
-    metrics: dict  # a line of metrics.jsonl
-    predicted: torch.Tensor  # int64 [N], each image's class; empty where there are no classes
-    image_features: torch.Tensor  # float32 [N, D]
-    text_features: torch.Tensor  # float32 [C, D], of the captions
 
 
 def top_k(queries, answers, count):
@@ -548,17 +511,18 @@ def retrieval_recall(image_features, text_features, pairs):
     """
     images, captions = pairs.unbind(1)
     keys, count = captions * len(image_features) + images, len(image_features)
-    queries = images.unique()
-    texts_found = top_k(image_features[queries], text_features, 10)  # [titled images, 10]
+    titled, caption = images.unique(), torch.arange(len(text_features), device=pairs.device)
+    texts_found = top_k(image_features[titled], text_features, 10)  # [titled images, 10]
     images_found = top_k(text_features, image_features, 10)  # [C, 10]
-    caption = torch.arange(len(text_features), device=pairs.device)
-    found = (texts_found * count + queries[:, None], caption[:, None] * count + images_found)
-    recall = {}
-    for way, found_keys in zip(DIRECTIONS, found, strict=True):
-        hits = torch.isin(found_keys, keys)
-        for k in (1, 5, 10):
-            recall[f"{way}_r{k}"] = hits[:, :k].any(1).double().mean().item()
-    return recall
+    found = texts_found * count + titled[:, None], caption[:, None] * count + images_found
+    hits = {
+        way: torch.isin(keys_found, keys) for way, keys_found in zip(DIRECTIONS, found, strict=True)
+    }
+    return {
+        f"{way}_r{k}": hits[way][:, :k].any(1).double().mean().item()
+        for way in DIRECTIONS
+        for k in (1, 5, 10)
+    }
 
 
 def classification_scores(labels, predicted, num_classes):
@@ -570,237 +534,383 @@ def classification_scores(labels, predicted, num_classes):
     return {"accuracy": right.sum().item() / len(labels), "macro_f1": f1.mean().item()}
 
 
-def encode_all(state, encode, batches):
-    """The features float32 [N, D] of all batches. Checks for a signal after each batch."""
+def encode_all(state, encode, batches, bar):
+    """The features float32 [N, D] of all batches."""
     features = []
     for batch in batches:
         features.append(in_chunks(state, encode, batch))
-        stop_if_signalled(state)
+        bar.update(len(batch))
     return torch.cat(features)
+
+
+def split_losses(state, dataset, image_features, text_features):
+    """The mean_losses of a split by its first texts, in batches as large as training's."""
+    totals = torch.zeros(2, 2, device=image_features.device)
+    for rows in shuffled(len(dataset)).split(state.batch_size):  # the file may be sorted by class
+        parts, classes = dataset.parts(rows)
+        texts = torch.cat([dataset.first_texts[rows], dataset.prompts[classes, 0]])
+        rows, texts = (to_device(indices, totals.device) for indices in (rows, texts))
+        texts = text_features[texts].split([len(rows), len(classes)])
+        losses = batch_losses(image_features[rows], *texts, parts, state.model.logit_scale)
+        totals += total_losses(losses, parts)
+    losses, dtype = mean_losses(totals), str(state.precision)[6:]
+    if not math.isfinite(losses["loss"]):
+        cause = "half precision overflows: take a GPU with bfloat16, or set CUDA_VISIBLE_DEVICES=-1"
+        advice = cause if state.precision == torch.float16 else "lower LR, or take another MODEL"
+        sys.exit(f"the loss is not finite in {dtype}: {advice}")
+    return losses
 
 
 @torch.no_grad()
 def evaluate(state, dataset):
-    """Zero-shot classification and retrieval on a split → Evaluation; every process does it all."""
-    begin = time.perf_counter()
-    images = load_ahead(lambda rows: pin(dataset[rows][0]), torch.arange(len(dataset)).split(256))
-    image_features = encode_all(state, encode_images, images)
-    text_features = encode_all(state, encode_texts, dataset.tokens.split(256))
-    totals = torch.zeros(2, 2, device=image_features.device)
-    for rows in shuffled(len(dataset)).split(state.batch_size):  # the file may be sorted by class
-        parts, classes = dataset.parts(rows)
-        texts = text_features[dataset.first_texts[rows]], text_features[dataset.prompts[classes, 0]]
-        losses = batch_losses(image_features[rows], *texts, parts, state.model.logit_scale)
-        totals += total_losses(losses, parts)
-    metrics, predicted = mean_losses(totals), torch.empty(0, dtype=torch.int64)
+    """Zero-shot classification and retrieval on a split; every process does it all.
+
+    → (a line of metrics.jsonl; what the figures show: {"predicted": int64 [N], each image's class,
+    "found": int64 [queries, 5], the images nearest to each of dataset.queries}).
+    """
+    begin, count = time.perf_counter(), len(dataset)
+    batches = load_ahead(lambda rows: dataset[rows][0], torch.arange(count).split(256))
+    with progress("evaluating", count + len(dataset.tokens)) as bar:
+        image_features = encode_all(state, encode_images, batches, bar)
+        text_features = encode_all(state, encode_texts, dataset.tokens.split(256), bar)
+    metrics, view = split_losses(state, dataset, image_features, text_features), {}
     if (dataset.labels >= 0).any():
         class_features = F.normalize(text_features[dataset.prompts].mean(1), dim=-1)  # [K, D]
-        predicted = top_k(image_features, class_features, 1).squeeze(1).cpu()
-        metrics |= classification_scores(dataset.labels, predicted, len(class_features))
-    text_features = text_features[: dataset.num_captions]
+        view["predicted"] = top_k(image_features, class_features, 1).squeeze(1).cpu()
+        metrics |= classification_scores(dataset.labels, view["predicted"], len(class_features))
     if len(dataset.pairs):
-        metrics |= retrieval_recall(image_features, text_features, dataset.pairs.to(totals.device))
+        images, captions = dataset.pairs.to(image_features.device).unbind(1)
+        captions, columns = captions.unique(return_inverse=True)
+        pairs = torch.stack([images, columns], 1)
+        metrics |= retrieval_recall(image_features, text_features[captions], pairs)
+        queries = text_features[list(dataset.queries)]
+        view["found"] = top_k(queries, image_features, 5).cpu()
     seconds = time.perf_counter() - begin
-    metrics |= {"seconds": seconds, "pairs_per_second": len(dataset) / seconds}
-    return Evaluation(metrics, predicted, image_features, text_features)
+    return metrics | {"seconds": seconds, "pairs_per_second": count / seconds}, view
 
 
 # ---- From here on: what prepares and keeps a run. A reader of CLIP's training can stop here ------
-# ---- Data: rows → images and captions → batches --------------------------------------------------
+# ---- Data: a table or a folder → images with captions and classes --------------------------------
+FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "TGA"
+
+
 class Example(NamedTuple):
-    lines: tuple  # of its rows, from 1
     image_path: str
     captions: tuple  # distinct texts, maybe none
     class_name: str  # "" where there is none
-    products: tuple  # all images of a product go to the same side of train and val
+    product: str  # its product_id: the images of a product go to one side of train and val
+    lines: tuple  # of its rows, from 1
+    row: int = 0  # of the cache
+    digest: int = 0  # of its pixels
 
 
 def clean(value):
-    """Plain words, "" where there are none: entities resolved, white space collapsed."""
-    text = html.unescape(str(value)) if isinstance(value, (str, int, float)) else ""
-    text = " ".join(text.encode("utf-8", "ignore").decode("utf-8").split())
-    nothing = ("n/a", "na", "nan", "none", "null", "#n/a", "-")
-    return "" if text.lower() in nothing else text
+    """Plain words: entities resolved, spaces collapsed; "" for what is neither text nor number."""
+    is_text = isinstance(value, (str, int, float)) and value == value  # NaN is not itself
+    text = html.unescape(str(value)) if is_text else ""
+    return " ".join(text.encode("utf-8", "ignore").decode("utf-8").split())
 
 
-def read_name(label):
-    """A label as CLIP reads it, so that labels that read alike are one class."""
-    return sys.intern(clean(label).replace("_", " ").lower().strip())
+def read_titles(titles):
+    """The distinct texts of a title, or of a list of them."""
+    texts = map(clean, titles if isinstance(titles, list) else [titles])
+    missing = "", "n/a", "na", "nan", "none", "null", "#n/a", "-"
+    return tuple(dict.fromkeys(text for text in texts if text.lower() not in missing))
 
 
-def class_prompts(class_name):
-    """saree → ["a photo of a saree", …], one for each of PROMPTS."""
-    names = {read_name(label): name for label, name in CLASS_NAMES.items()}
-    return [prompt.replace("{}", names.get(class_name, class_name)) for prompt in PROMPTS]
+def read_names(labels):
+    """The distinct names of a label, or of a list, as CLIP reads them: a__B and "a b" are one."""
+    labels = labels if isinstance(labels, list) else [labels]
+    names = (" ".join(clean(label).replace("_", " ").lower().split()) for label in labels)
+    return tuple(dict.fromkeys(sys.intern(name) for name in names if name))
+
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        sys.exit(
+            f"{path}, line {line}: no text in UTF-8. Save the table as CSV UTF-8 or JSON Lines"
+        )
+    except OSError as error:
+        sys.exit(f"{path}: it cannot be read ({brief(error)})")
 
 
 def read_rows(path):
-    """Yield (line, row) of JSON Lines, a JSON array or a CSV; row: a dict, or why it is none."""
-    data = Path(path).read_bytes()
-    utf_16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    """Yield (line, row) of JSON Lines, of a JSON array (its places) or of a CSV.
+
+    What is broken ends the run, with its line: nobody wants a model of half their rows.
+    """
+    line, text = 1, read_text(path)
     try:
-        text = data.decode("utf-16" if utf_16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        sys.exit(f"{path}, line {line}: not UTF-8. Save the file as UTF-8 (Excel: CSV UTF-8)")
-    return (read_json if re.match(r"\s*[\[{]", text) else read_csv)(text)
+        if text.lstrip().startswith("["):
+            yield from enumerate(json.loads(text), 1)
+        elif text.lstrip().startswith("{"):
+            for line, part in enumerate(text.split("\n"), 1):
+                if part.strip():
+                    yield line, json.loads(part)
+        else:
+            delimiter = max(",;\t|", key=text.lstrip().partition("\n")[0].count)
+            reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+            names = ["_".join(name.lower().split()) for name in next(reader, [])]
+            line = reader.line_num + 1
+            for cells in reader:
+                if any(cells):
+                    yield line, table_row(names, cells, delimiter)
+                line = reader.line_num + 1
+    except (ValueError, RecursionError, csv.Error) as error:
+        line += getattr(error, "lineno", 1) - 1  # of a JSON array
+        advice = "Mend that line (a quote too many?); rows are JSON objects or those of a CSV"
+        sys.exit(f"{path}, line {line}: {brief(error)}. {advice}")
 
 
-def read_json(text):
-    """Yield the (line, row) of JSON text: an object per line, or an array in any layout."""
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[\]]*")
-    broken = re.compile(r".[^\n{]*")  # ends where the next row may begin
-    line, end = 1, 0
-    while (start := between.match(text, end).end()) < len(text):
-        line += text.count("\n", end, start)
-        try:
-            row, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            row, end = None, broken.match(text, start).end()
-        yield line, row if isinstance(row, dict) else "not a JSON object"
-        line += text.count("\n", start, end)
+def table_row(names, cells, delimiter):
+    """The row of a CSV as a dictionary. Raises ValueError where its cells are not its columns'."""
+    if any(names.count(name) > 1 for name in names if name):
+        raise ValueError(f"two columns have one name: {', '.join(names):.200}")
+    if any(cells[len(names) :]):  # such as a title with a comma and without quotes
+        raise ValueError(f"{len(cells)} cells for {len(names)} columns")
+    row = dict(zip(names, cells, strict=False))
+    ending = os.path.splitext(row.get("image_path", ""))[1]
+    swallowed = [
+        part for cell in cells for line in cell.split("\n")[1:] for part in line.split(delimiter)
+    ]
+    if ending and any(part.endswith(ending) for part in swallowed):
+        raise ValueError("a quote that is opened here takes in the rows below")
+    return row
 
 
-def read_csv(text):
-    """Yield the (line, row) of CSV text; a first line sep=; is Excel's, and names the separator."""
-    csv.field_size_limit(2**31 - 1)
-    lines = io.StringIO(text, newline=None)  # \r, which csv refuses, becomes \n
-    header = next(lines, "")
-    delimiter, sep = max(",;\t", key=header.count), re.match("sep=(.)", header, re.I)
-    if sep:
-        delimiter, header = sep[1], next(lines, "")
-    reader = csv.reader(chain([header], lines), delimiter=delimiter)
-    names = ["_".join(name.lower().split()) for name in next(reader, [])]
-    for cells in reader:
-        surplus = any(cells[len(names) :])  # such as a title with a comma and without quotes
-        row = f"{len(cells)} cells for {len(names)} columns" if surplus else None
-        if any(cells):
-            yield reader.line_num + bool(sep), row or dict(zip(names, cells, strict=False))
+def read_folder(folder):
+    """Yield (number, row) of the images below a folder, each one's own folder being its class."""
+    Image.init()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    images = (path for path in paths if path.suffix.lower() in endings and path.name[0] != ".")
+    for number, path in enumerate(sorted(images), 1):
+        texts, inside = path.with_suffix(".txt"), path.relative_to(folder)
+        titles = read_text(texts).splitlines() if texts.exists() else []
+        label = inside.parent.name  # "" directly in the folder
+        yield number, {"image_path": str(inside), "product_title": titles, "class_label": label}
 
 
 def read_examples(path):
     """→ ([Example], one per image; [(line, why it is left out)]; the columns that there are)."""
     rows_of, skipped, columns = {}, [], {}
-    for line, row in read_rows(path):
-        reason, row = ("no image_path", row) if isinstance(row, dict) else (row, {})
+    for line, row in read_folder(path) if os.path.isdir(path) else read_rows(path):
+        if not isinstance(row, dict):
+            sys.exit(f"{path}, line {line}: no JSON object. A row is an object with an image_path")
         columns |= dict.fromkeys(row)
         image = row.get("image_path")
         if not isinstance(image, str) or not image.strip():
-            skipped.append((line, reason))
-            continue
-        titles, label = row.get("product_title"), read_name(row.get("class_label"))
-        captions = map(clean, titles if isinstance(titles, list) else [titles])
-        about = line, tuple(filter(None, captions)), label, clean(row.get("product"))
-        rows_of.setdefault(image.strip().replace("\\", "/"), []).append(about)
+            skipped.append((line, "image_path is no text" if image else "no image_path"))
+        elif re.match(r"\s*\w+://", image):
+            skipped.append((line, f"an address, download the image first: {image}"))
+        else:
+            texts = read_titles(row.get("product_title")), read_names(row.get("class_label"))
+            image = posixpath.normpath(image.strip().replace("\\", "/"))
+            rows_of.setdefault(image, []).append((line, *texts, clean(row.get("product_id"))))
     examples = []
     for image, rows in rows_of.items():
-        lines, *texts = zip(*rows, strict=True)
-        captions, labels, products = (tuple(dict.fromkeys(filter(None, part))) for part in texts)
-        if len(labels) > 1:
-            reason = f"{image} has several classes: {', '.join(labels)}"
-            skipped += [(line, reason) for line in lines]
+        lines, titles, labels, products = zip(*rows, strict=True)
+        captions, labels = (tuple(dict.fromkeys(chain(*texts))) for texts in (titles, labels))
+        if len(labels) < 2:
+            examples.append(Example(image, captions, "".join(labels), max(products), lines))
         else:
-            captions = tuple(dict.fromkeys(chain(*captions)))
-            examples.append(Example(lines, image, captions, "".join(labels), products))
+            reason = f"several classes: {image} is {', '.join(labels)}"
+            skipped += [(line, reason) for line in lines]
+    columns = f"{path} has the columns {', '.join(map(str, columns)):.300}"
     if not examples:
-        first = "line {}: {}".format(*min(skipped, default=(1, "it is empty")))
-        names = f". Its columns are {', '.join(columns)}" if columns else ""
-        sys.exit(f"{path}: no row has an image_path that can be used; {first}{names}")
+        first = "line {}: {:.300}".format(*min(skipped, default=(1, "it is empty")))
+        form = (
+            "Rows are JSON objects, or those of a CSV, that have the path of an image in image_path"
+        )
+        sys.exit(f"{columns}, but no row that can be used; {first}. {form}")
     return examples, skipped, columns
+
+
+def class_prompts(class_name):
+    """saree → ["a photo of a saree", …], one for each of PROMPTS."""
+    names = {read_names(label): name for label, name in CLASS_NAMES.items()}
+    return [prompt.replace("{}", names.get((class_name,), class_name)) for prompt in PROMPTS]
 
 
 def find_classes(examples):
     """The sorted names of the classes; [] if there is only one, with nothing to tell apart."""
     names = sorted({example.class_name for example in examples} - {""})
-    same = {}
-    for name in names:
-        other = same.setdefault(class_prompts(name)[0].lower(), name)
-        if other != name:
-            sys.exit(f"CLASS_NAMES: the classes {other!r} and {name!r} get the same name")
+    if len({class_prompts(name)[0].lower() for name in names}) < len(names):
+        sys.exit("CLASS_NAMES gives two classes the same name")
     return names if len(names) > 1 else []
 
 
-def hold_out(examples):
-    """The indices of the examples held out for val: whole products, drawn by SEED.
-
-    A twentieth of the images; of fewer than 2,000 a hundred, but at most a fifth.
-    """
-    count = max(1, len(examples) // 20, min(len(examples) // 5, 100))
-    images_of, held_out = {}, set()
-    for i, example in enumerate(examples):
-        for name in example.products:
-            images_of.setdefault(name, []).append(i)
-    for first in shuffled(len(examples)).tolist():
-        waiting = [first] if len(held_out) < count else []
-        while waiting:  # an image brings its products, and they bring their images
-            held_out.add(i := waiting.pop())
-            waiting += chain(*(images_of.pop(name, ()) for name in examples[i].products))
-    return held_out
-
-
+# ---- Splits --------------------------------------------------------------------------------------
 def shuffled(count):
     """A permutation of range(count), int64 [count], that follows from SEED."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
 
 
+def hold_out(examples):
+    """→ (the examples of train, those held out for val: of the groups whose hash with SEED is low).
+
+    A group is the images of a product_id or, without one, of equal pixels. The threshold only falls
+    as images are added: none that was trained on enters val later.
+    """
+    groups = [example.product or example.digest for example in examples]
+    hashes = {g: int(hashlib.sha256(f"{SEED} {g}".encode()).hexdigest()[:15], 16) for g in groups}
+    share = max(0.05, min(0.2, 100 / len(groups)))
+    limit = max(share * 16**15, min(hashes.values()))
+    sides = [], []
+    for example, group in zip(examples, groups, strict=True):
+        sides[hashes[group] <= limit].append(example)
+    asked, largest = max(1, share * len(groups)), Counter(groups).most_common(1)[0][1]
+    if len(sides[1]) > 2 * asked and largest > asked:
+        found = f"{len(sides[1])} of {len(groups)} images would be held out for val"
+        sys.exit(f"product_id: {found}. Give each product its own, or leave that column out")
+    return sides
+
+
+def load_split(split, path, examples, skipped, class_names, resolution):
+    """→ (the examples that can be used, all pixels, the lines of skipped.jsonl)."""
+    folder = path if os.path.isdir(path) else IMAGE_PATH
+    paths = [os.path.join(folder, example.image_path) for example in examples]
+    pixels, digests, unusable = open_cache(split, paths, resolution)
+    usable = []
+    for row, (example, digest) in enumerate(zip(examples, digests.tolist(), strict=True)):
+        reason = unusable.get(row)
+        if not example.captions and not (class_names and example.class_name):
+            reason = "no title, and no class to tell from others"
+        skipped += [(line, reason) for line in example.lines if reason]
+        if not reason:
+            usable.append(example._replace(row=row, digest=digest))
+    if len(skipped) > sum(len(example.lines) for example in usable):
+        first = "line {}: {}".format(*min(skipped))
+        sys.exit(f"{path}: most rows cannot be used; {first}. Check IMAGE_PATH and this file")
+    untitled = sum(not example.captions for example in usable)
+    captions = sum(len(example.captions) for example in usable)
+    counts = f"{len(usable):7,} images, {untitled:,} of them without a title; {captions:,} captions"
+    say(f"{split:5} {counts}; {len(skipped):,} rows skipped")
+    lines = [{"split": split, "line": line, "reason": why} for line, why in sorted(skipped)]
+    return usable, pixels, lines
+
+
+def load_splits(resolution):
+    """{"train", "val" and, where there is a file, "test": FashionDataset}; writes skipped.jsonl."""
+    files = {split: JSON_PATH.replace("{split}", split) for split in ("train", "val", "test")}
+    files = {split: file for split, file in files.items() if os.path.exists(file)}
+    if files["train"] == JSON_PATH:  # without {split} there is only train
+        files = {"train": JSON_PATH}
+    found = {split: read_examples(file) for split, file in files.items()}
+    names = find_classes([example for examples, *_ in found.values() for example in examples])
+    train, _, columns = found["train"]
+    if not names and not any(example.captions for example in train):
+        sys.exit(f"nothing to learn: no product_title and fewer than two classes; {columns}")
+    say(f"{columns}; {len(names):,} classes: {', '.join(names):.200}")
+    splits, pixels, skipped = {}, {}, []
+    for split, (examples, left_out, _) in found.items():
+        how = files[split], examples, left_out, names, resolution
+        splits[split], pixels[split], lines = load_split(split, *how)
+        skipped += lines
+    say_what_is_skipped(skipped)
+    if "val" not in splits:
+        pixels["val"] = pixels["train"]
+        splits["train"], splits["val"] = hold_out(splits["train"])
+        say(f"val   {len(splits['val']):7,} images of train are held out: there is no val file")
+        if not splits["train"]:
+            sys.exit(f"{JSON_PATH}: train and val need an image each, of different products")
+    for split in [split for split in splits if split != "train"]:
+        say_what_is_odd(split, splits[split], splits["train"])
+    return {split: FashionDataset(splits[split], pixels[split], names) for split in splits}
+
+
+def say_what_is_skipped(lines):
+    """Write skipped.jsonl, and report each kind of reason with its count and an example."""
+    write_lines("skipped.jsonl", lines)
+    kinds = Counter(line["reason"].partition(":")[0] for line in lines)
+    for kind, count in kinds.most_common():
+        first = next(line for line in lines if line["reason"].startswith(kind))
+        place = "{split}, line {line}: {reason:.200}".format(**first)
+        say(f"{count:13,} rows skipped, such as {place}. All: {OUTPUT_PATH}/skipped.jsonl")
+
+
+def say_what_is_odd(split, examples, train):
+    """Report what makes a split measure something else than unseen images of trained classes."""
+    names = {e.class_name for e in examples} - {e.class_name for e in train} - {""}
+    if names:
+        say(f"{split}: {len(names)} classes that train lacks: {', '.join(sorted(names)):.200}")
+    digests = {example.digest for example in train}
+    seen = [example.image_path for example in examples if example.digest in digests]
+    if seen:
+        say(f"{split}: {len(seen)} images that train has too, such as {', '.join(seen[:3]):.200}")
+
+
+# ---- Images: decoded once into a file ------------------------------------------------------------
 def load_image(path, resolution):
     """An image as a viewer shows it, resized and cropped as CLIP does: uint8 [3, R, R]."""
     Image.init()
-    kinds = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # none that starts a program
-    image = Image.open(path, formats=[kind for kind in kinds if kind in Image.OPEN])
+    Image.MAX_IMAGE_PIXELS = None  # the limit is the one below
+    image = Image.open(path, formats=[kind for kind in FORMATS if kind in Image.OPEN])
     width, height = image.size
+    if width * height > (2e8 if image.format in ("JPEG", "MPO") else 89_478_485):  # Pillow's own
+        raise ValueError("too many pixels, make the image smaller")
     if max(width, height) > 50 * min(width, height):  # would be resized to gigabytes
-        raise ValueError(f"a strip of {width} × {height} pixels")
+        raise ValueError("a strip more than 50 times as long as wide")
+    deep = image.mode.startswith("I") or ";16" in str(image.tile)  # 16 bits a channel
     image.draft(None, (2 * resolution, 2 * resolution))  # decodes a large JPEG at 1/2, 1/4 or 1/8
     image.load()  # raises where the file is damaged, which a second load() no longer does
     with suppress(Exception):  # a broken EXIF block
         image = ImageOps.exif_transpose(image)
     if (image.width > image.height) != (width > height):
         width, height = height, width
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+    if image.mode == "F" or (image.mode.startswith("I") and image.getextrema()[1] >= 2**16):
+        raise ValueError("floating point or 32 bits a channel, save the image with 8")
+    if image.mode.startswith("I"):  # convert() would clip
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
+    image = image.convert("RGB")
+    if deep and max(high for _, high in image.getextrema()) < 16:
+        raise ValueError("less than a sixteenth of 16 bits is used, save the image with 8")
     size = [resolution * side // min(width, height) for side in (width, height)]
-    image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    image = image.resize(size, Image.Resampling.BICUBIC)
     return pil_to_tensor(center_crop(image, resolution)).contiguous()
 
 
 def decode(path, resolution):
-    """→ (the image's pixels, None), or (black ones, why it cannot be used)."""
+    """→ (pixels, a digest of 8 bytes, None), or (black pixels, one, why it cannot be used)."""
+    reason, pixels = None, torch.zeros(3, resolution, resolution, dtype=torch.uint8)
     try:
         if not os.path.isfile(path):
-            raise FileNotFoundError("there is no such file")
-        return load_image(path, resolution), None
+            raise ValueError("there is no such file")
+        pixels = load_image(path, resolution)
     except Exception as error:  # damaged files make Pillow raise nearly anything
-        black = torch.zeros(3, resolution, resolution, dtype=torch.uint8)
-        return black, f"no image in {path}: {brief(error)}"
+        known = type(error) is ValueError
+        reason = f"{error}: {path}" if known else f"it cannot be decoded: {path} ({brief(error)})"
+    some = pixels[:, ::8].contiguous()  # an eighth of an image's rows tells it from others
+    return pixels, hashlib.blake2b(some.numpy(), digest_size=8).digest(), reason
 
 
 def write_cache(cache_file, paths, resolution):
-    """Decode all images into a file: uint8 [N, 3, R, R], then [[row, why unusable], …] as JSON."""
-    size, free = len(paths) * 3 * resolution**2, shutil.disk_usage(CACHE_PATH).free
-    if size > free:
-        needed = f"{CACHE_PATH} needs {size / 1e9:.1f} GB, has {free / 1e9:.1f} free"
-        sys.exit(f"CACHE_PATH: {needed}. Old .u8 files there may be deleted")
-    unusable = []
+    """Decode N images into a file, uint8 [N, 3, R, R]; another has what open_cache returns too."""
+    digests, unusable, work = bytearray(), {}, functools.partial(decode, resolution=resolution)
     with atomic_write(cache_file) as file, ThreadPoolExecutor() as threads:
         parts = (paths[start : start + 256] for start in range(0, len(paths), 256))
-        work = functools.partial(decode, resolution=resolution)
         decoded = (result for part in parts for result in threads.map(work, part))
-        for row, (pixels, reason) in enumerate(tqdm(decoded, "decoding", len(paths), **BAR)):
-            file.write(pixels.numpy())
-            if reason:
-                unusable.append((row, reason))
-        file.write(json.dumps(unusable).encode())
+        with progress("decoding", len(paths)) as bar:
+            for row, (pixels, digest, reason) in enumerate(decoded):
+                file.write(pixels.numpy())
+                digests += digest
+                unusable |= {row: reason} if reason else {}
+                bar.update()
+    with atomic_write(f"{cache_file}.pt") as file:  # the last: where it exists, both are whole
+        torch.save((torch.frombuffer(digests, dtype=torch.int64), unusable), file)
 
 
 def open_cache(split, paths, resolution):
-    """→ (pixels uint8 [N, 3, R, R], {row: why it is unusable}); decodes if need be.
+    """→ (pixels uint8 [N, 3, R, R], digests int64 [N], {row: why it is unusable}).
 
-    The file's name is a digest of what it was made from: a file that exists is valid, and two
-    datasets never share one. It is memory-mapped: the system keeps in memory what it can.
+    Decodes if need be. The file's name is a digest of what it was made from: a file that exists is
+    valid, and two datasets never share one. It is memory-mapped: the system keeps what it can.
     """
     digest = hashlib.sha256(Image.__version__.encode())
     for path in paths:
@@ -810,220 +920,143 @@ def open_cache(split, paths, resolution):
             facts = status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)
             digest.update(b"%d %d %d" % facts)
     cache_file = f"{CACHE_PATH}/{split}-{resolution}-{digest.hexdigest()[:16]}.u8"
-    if not os.path.exists(cache_file):
-        with FileLock(f"{cache_file}.lock"):  # the other processes of this machine wait here
-            if not os.path.exists(cache_file):
-                write_cache(cache_file, paths, resolution)
+    missing = LOCAL_RANK == 0 and not os.path.exists(f"{cache_file}.pt")
+    with ThreadPoolExecutor(1) as thread:  # the first process of each machine decodes
+        writing = thread.submit(write_cache, cache_file, paths, resolution) if missing else None
+        while all_reduce(torch.tensor(bool(writing) and not writing.done()).int()):
+            time.sleep(0.1)  # and all wait for the slowest, whatever an exchange's time-out is
+        if writing:
+            writing.result()
     shape = len(paths), 3, resolution, resolution
-    with open(cache_file, "rb") as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        mapped = mmap.mmap(file.fileno(), math.prod(shape), access=mmap.ACCESS_READ)
-        file.seek(len(mapped))
-        pixels = torch.frombuffer(mapped, dtype=torch.uint8).view(shape)
-        return pixels, dict(json.load(file))
+    pixels = torch.from_file(cache_file, size=math.prod(shape), dtype=torch.uint8).view(shape)
+    return pixels, *torch.load(f"{cache_file}.pt", weights_only=True)
 
 
+# ---- Dataset and batches -------------------------------------------------------------------------
 def tokenize(texts):
     """→ (tokens int32 [T, 77] of the distinct texts, int64 [len(texts)], each text's row there).
 
     Texts are the same if CLIP reads the same tokens, whatever their capitals or what it cuts off.
     """
-    # CLIP lower-cases after it resolves HTML entities, whose names are case-sensitive.
-    spellings = list({text.lower(): text for text in texts}.values())
-    row_of_tokens, row_of_text = {}, {}
-    for start in range(0, len(spellings), 10_000):
-        part = spellings[start : start + 10_000]
-        for text, tokens in zip(part, clip.tokenize(part, truncate=True).int(), strict=True):
-            key = tokens.numpy().tobytes().rstrip(b"\0")
-            row_of_text[text.lower()] = row_of_tokens.setdefault(key, len(row_of_tokens))
-    distinct = bytearray()
-    for key in row_of_tokens:  # join() would hold all of them twice
-        distinct += key.ljust(4 * 77, b"\0")
-    tokens = torch.frombuffer(distinct, dtype=torch.int32).view(-1, 77)
-    return tokens, torch.tensor([row_of_text[text.lower()] for text in texts])
+    parts = (texts[start : start + 10_000] for start in range(0, len(texts), 10_000))
+    tokens = torch.cat([clip.tokenize(part, truncate=True).int() for part in parts])
+    return tokens.unique(dim=0, return_inverse=True)
 
 
 class FashionDataset(Dataset):
     """Images and their texts: dataset[i] → (pixels uint8 [3, R, R], tokens int32 [77]).
 
     i may also be a list, a slice or a tensor of n indices: → ([n, 3, R, R], [n, 77]). The text is
-    the image's first caption, or a class prompt where it has none; epoch_batches draws others.
+    the image's first caption, or a class prompt where it has none.
 
-    tokens: int32 [T, 77], of the C captions, then of class prompts. texts[i]: the rows of tokens of
-    image i's captions or, where it is not titled, of its class's first prompt. prompts: int64
-    [K, len(PROMPTS)], each class's. pairs: int64 [P, 2], (image, caption). labels: int64 [N], in
-    class_names; -1 for none.
+    tokens: int32 [T, 77], the distinct captions and prompts. captions[i]: the rows of tokens of
+    image i's captions or, where not titled[i], of its class's first prompt. prompts: int64 [K,
+    len(PROMPTS)]. pairs: int64 [P, 2], (image, caption). labels: int64 [N], in class_names; -1 for
+    none. queries: {caption: its text}, at most eight, which the figures show.
     """
 
-    def __init__(self, usable, pixels, class_names):
-        cache_rows, self.examples = zip(*usable, strict=True)
-        self.cache_rows = torch.tensor(cache_rows)
-        self.pixels, self.class_names = pixels, class_names
+    def __init__(self, examples, pixels, class_names):
+        self.examples, self.pixels, self.class_names = examples, pixels, class_names
         number = {name: i for i, name in enumerate(class_names)}
-        self.labels = torch.tensor([number.get(e.class_name, -1) for e in self.examples])
-        captions = list(dict.fromkeys(chain(*(e.captions for e in self.examples))))
+        self.labels = torch.tensor([number.get(e.class_name, -1) for e in examples])
+        self.titled = torch.tensor([bool(e.captions) for e in examples])
+        self.rows = torch.tensor([e.row for e in examples])
+        texts = list(dict.fromkeys(chain(*(e.captions for e in examples))))
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
-        self.tokens, rows = tokenize(captions + prompts)
-        row_of = dict(zip(captions, rows.tolist(), strict=False))
-        self.prompts = rows[len(captions) :].view(len(class_names), len(PROMPTS))
-        self.num_captions = max(row_of.values(), default=-1) + 1
-        self.titled = torch.tensor([bool(e.captions) for e in self.examples])
-        first_prompts = self.prompts[self.labels, 0].tolist() if class_names else []
-        self.texts = [
-            list(dict.fromkeys(row_of[caption] for caption in e.captions)) or [first_prompts[i]]
-            for i, e in enumerate(self.examples)
-        ]
-        self.first_texts = torch.tensor([texts[0] for texts in self.texts])
-        pairs = [(i, t) for i, e in enumerate(self.examples) if e.captions for t in self.texts[i]]
+        self.tokens, rows = tokenize(texts + prompts)
+        self.prompts = rows[len(texts) :].view(len(class_names), len(PROMPTS))
+        row_of = dict(zip(texts, rows.tolist(), strict=False))
+        self.captions = [list(dict.fromkeys(map(row_of.get, e.captions))) for e in examples]
+        pairs = [(i, caption) for i, captions in enumerate(self.captions) for caption in captions]
         self.pairs = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
-
-    def parts(self, rows):
-        """→ (the Parts of a batch of these images, the K classes that it has, int64 [K])."""
-        titled = self.titled[rows].nonzero().squeeze(1)
-        labels = self.labels[rows] if CLASS_WEIGHT else torch.full_like(rows, -1)
-        labelled = (labels >= 0).nonzero().squeeze(1)
-        classes, class_of = labels[labelled].unique(return_inverse=True)
-        return Parts(titled, labelled, class_of), classes
+        for i in (~self.titled).nonzero().flatten().tolist():
+            self.captions[i] = [int(self.prompts[self.labels[i], 0])]
+        self.first_texts = torch.tensor([captions[0] for captions in self.captions])
+        some = [texts[i] for i in shuffled(len(texts))[:8]]
+        self.queries = {row_of[text]: text for text in some}
 
     def __len__(self):
         return len(self.examples)
 
     def __getitem__(self, index):
-        rows = self.cache_rows[index]
-        pixels = self.pixels.index_select(0, rows.flatten())
-        return pixels.view(rows.shape + pixels.shape[1:]), self.tokens[self.first_texts[index]]
+        rows, shape = self.rows[index], self.pixels.shape[1:]
+        pinned = (
+            torch.cuda.is_available() and get_worker_info() is None
+        )  # for a GPU, without a copy
+        pixels = torch.empty(rows.shape + shape, dtype=torch.uint8, pin_memory=pinned)
+        torch.index_select(self.pixels, 0, rows.flatten(), out=pixels.view(-1, *shape))
+        return pixels, self.tokens[self.first_texts[index]]
 
-
-def say_what_is_missing(path, columns, examples, class_names):
-    """Report a column that no row has, so that a misnamed one does not go unnoticed."""
-    columns = f"{path} has the columns {', '.join(columns)}"
-    titled = any(example.captions for example in examples)
-    if not titled and not class_names:
-        sys.exit(f"nothing to learn: no product_title and fewer than two classes; {columns}")
-    if not titled:
-        say(f"NO TITLES: no row has a product_title, so only class prompts are learned; {columns}")
-    if not class_names:
-        say(f"No classes: fewer than two in class_label, so only search is measured; {columns}")
-
-
-def load_split(split, path, examples, skipped, resolution):
-    """→ ([(cache row, Example)] of what is usable, all pixels, lines of skipped.jsonl)."""
-    paths = [os.path.join(IMAGE_PATH, example.image_path) for example in examples]
-    pixels, unusable = open_cache(split, paths, resolution) if paths else (None, {})
-    usable = [(row, example) for row, example in enumerate(examples) if row not in unusable]
-    skipped += [(line, why) for row, why in unusable.items() for line in examples[row].lines]
-    skipped.sort()
-    if len(skipped) > sum(len(example.lines) for _, example in usable):
-        first = "line {}: {}".format(*skipped[0])
-        sys.exit(f"{path}: most rows cannot be used; {first}. Check IMAGE_PATH and this file")
-    captions = sum(len(example.captions) for _, example in usable)
-    untitled = sum(not example.captions for _, example in usable)
-    counts = f"{len(usable):7,} images, {untitled:,} of them without a title; {captions:,} captions"
-    say(f"{split:5} {counts}; {len(skipped):,} rows skipped")
-    return usable, pixels, [{"split": split, "line": i, "reason": why} for i, why in skipped]
-
-
-def load_splits(resolution):
-    """{"train", "val" and, where there is a file, "test": FashionDataset}; writes skipped.jsonl."""
-    files = {split: JSON_PATH.replace("{split}", split) for split in ("train", "val", "test")}
-    files = {split: file for split, file in files.items() if os.path.isfile(file)}
-    if files["train"] == JSON_PATH:  # without {split} there is only train
-        files = {"train": JSON_PATH}
-    found = {split: read_examples(file) for split, file in files.items()}
-    class_names = find_classes([example for examples, *_ in found.values() for example in examples])
-    train, _, columns = found["train"]
-    say_what_is_missing(files["train"], columns, train, class_names)
-    usable, pixels, lines = {}, {}, []
-
-    def has_text(example):
-        return example.captions or (class_names and example.class_name)
-
-    for split, (examples, skipped, _) in found.items():
-        reason = "no title, and no class to tell from others"
-        skipped += [(line, reason) for e in examples if not has_text(e) for line in e.lines]
-        examples = list(filter(has_text, examples))
-        loaded = load_split(split, files[split], examples, skipped, resolution)
-        usable[split], pixels[split], lines = *loaded[:2], lines + loaded[2]
-    write_lines("skipped.jsonl", lines)
-    if "val" not in usable:
-        entries, pixels["val"] = usable["train"], pixels["train"]
-        held_out = hold_out([example for _, example in entries])
-        usable["val"] = [entry for i, entry in enumerate(entries) if i in held_out]
-        usable["train"] = [entry for i, entry in enumerate(entries) if i not in held_out]
-        say(f"val   {len(held_out):7,} images of train are held out: there is no val file")
-        if not usable["train"]:
-            sys.exit(f"{JSON_PATH}: train and val need an image each, of different products")
-    return {split: FashionDataset(usable[split], pixels[split], class_names) for split in usable}
+    def parts(self, index):
+        """→ (the Parts of a batch of these images, the K classes that it has, int64 [K])."""
+        titled, labels = self.titled[index].nonzero().squeeze(1), self.labels[index]
+        labelled = (labels >= 0) & (CLASS_WEIGHT > 0)
+        classes, places = labels[labelled].unique(return_inverse=True)
+        targets = torch.full_like(labels, -100).masked_scatter(labelled, places)
+        return Parts(titled, targets, (len(titled), len(places))), classes
 
 
 class Batch(NamedTuple):
     pixels: torch.Tensor  # uint8 [b, 3, R, R], this process's share of the B images
-    draws: torch.Tensor  # float32 [b, 3], uniform in 0..1: of each crop's side, x and y
     tokens: torch.Tensor  # int32 [texts, 77], the share's distinct texts
     inverse: torch.Tensor  # int64 [b], each image's row of tokens
     prompts: torch.Tensor  # int32 [ceil(K / processes), 77], the share of the K classes' prompts
-    num_classes: int  # K, those of the B images
-    parts: Parts
+    num_classes: int  # K
+    parts: Parts  # of the B images
 
 
 def epoch_batches(dataset, epoch, batch_size, first_step=0):
     """Yield an epoch's Batches from a step on. All that is random follows from SEED and epoch."""
-    size = len(dataset)
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + epoch)
-    order = torch.randperm(size, generator=generator)
-    crops = torch.rand(size, 3, generator=generator)
-    draws = torch.rand(size, generator=generator).tolist()
-    drawn = [
-        texts[int(draw * len(texts))] for draw, texts in zip(draws, dataset.texts, strict=True)
-    ]
-    drawn = torch.tensor(drawn)
-    full = order.split(batch_size)[: size // batch_size]  # the rest waits for the next shuffle
-    templates = torch.randint(len(PROMPTS), (len(full),), generator=generator)
+    order = torch.randperm(len(dataset), generator=generator)
+    steps = len(dataset) // batch_size  # the rest waits for another epoch's shuffle
+    templates = torch.randint(len(PROMPTS), (steps,), generator=generator)
+    draws = zip(torch.rand(len(order), generator=generator).tolist(), dataset.captions, strict=True)
+    drawn = torch.tensor([captions[int(draw * len(captions))] for draw, captions in draws])
 
     def load(step):
-        own = full[step].chunk(WORLD_SIZE)[RANK]
-        tokens, inverse = dataset.tokens[drawn[own]].unique(dim=0, return_inverse=True)
-        parts, classes = dataset.parts(full[step])
-        repeated = torch.arange(-(-len(classes) // WORLD_SIZE) * WORLD_SIZE) % max(1, len(classes))
-        shared = classes[repeated].chunk(WORLD_SIZE)[RANK]
-        prompts = dataset.tokens[dataset.prompts[shared, templates[step]]]
-        return Batch(
-            pin(dataset[own][0]), crops[own], tokens, inverse, prompts, len(classes), parts
-        )
+        whole = order[step * batch_size : (step + 1) * batch_size]
+        own = whole.chunk(WORLD_SIZE)[RANK]
+        rows, inverse = drawn[own].unique(return_inverse=True)
+        parts, classes = dataset.parts(whole)
+        count = -(-len(classes) // WORLD_SIZE)  # in equal shares: some prompts are encoded twice
+        share = torch.arange(RANK * count, (RANK + 1) * count) % max(1, len(classes))
+        prompts = dataset.tokens[dataset.prompts[classes[share], templates[step]]]
+        return Batch(dataset[own][0], dataset.tokens[rows], inverse, prompts, len(classes), parts)
 
-    return load_ahead(load, range(first_step, len(full)))
+    return load_ahead(load, range(first_step, steps))
 
 
-def load_ahead(load, batches):
-    """Yield load(rows) of each batch of rows; for a GPU a thread loads the next meanwhile."""
+def load_ahead(load, parts):
+    """Yield load(part) of each part; for a GPU a thread loads the next meanwhile."""
     if not torch.cuda.is_available():  # on a CPU, a thread made training take 1.6 times as long
-        yield from map(load, batches)
+        yield from map(load, parts)
         return
-    with ThreadPoolExecutor(1) as thread:
-        loading = (thread.submit(load, rows) for rows in batches)
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(LOCAL_RANK,)) as thread:
+        loading = (thread.submit(load, part) for part in parts)
         for loaded, _ in pairwise(chain(loading, [None])):  # the next one is submitted by now
             yield loaded.result()
 
 
 # ---- The run: fingerprint, memory, saving and going on -------------------------------------------
 # All that change the weights; resuming refuses a change. BATCH_SIZE has its own entry.
-HYPERPARAMETERS = ("MODEL", "NUM_EPOCHS", "LR", "WARMUP", "MAX_GRAD_NORM", "MIN_CROP", "SEED")
-HYPERPARAMETERS += ("CLASS_WEIGHT", "PROMPTS", "CLASS_NAMES")
-PROGRESS = ("history", "epoch", "step", "totals", "finished")
+HYPERPARAMETERS = ("MODEL", "NUM_EPOCHS", "LR", "WARMUP", "MAX_GRAD_NORM", "CLASS_WEIGHT", "SEED")
+HYPERPARAMETERS += ("PROMPTS", "CLASS_NAMES")
+SAVED = ("fingerprint", "chunk", "history", "views", "epoch", "step", "totals", "finished")
+STATEFUL = ("model", "optimizer", "scaler")  # saved as state_dicts
 
 
 def new_state(model, splits):
     """The run as it starts, on the model's device."""
     train = splits["train"]
-    pairs = min(BATCH_SIZE, len(train))
-    share = pairs // WORLD_SIZE
+    images = min(BATCH_SIZE, len(train))
+    share = images // WORLD_SIZE
     if share == 0:
-        sys.exit(f"{WORLD_SIZE} processes cannot share a batch of {pairs}: start fewer")
-    batch_size = share * WORLD_SIZE
+        sys.exit(f"{WORLD_SIZE} processes cannot share a batch of {images}: start fewer")
     fingerprint = {name: globals()[name] for name in HYPERPARAMETERS}
-    fingerprint["BATCH_SIZE in equal shares"] = batch_size
+    fingerprint["BATCH_SIZE in equal shares"] = batch_size = share * WORLD_SIZE
     for split, dataset in splits.items():
-        rows = repr(dataset.examples).encode("utf-8", "replace")
+        rows = repr([example[:5] for example in dataset.examples]).encode("utf-8", "replace")
         fingerprint[f"the rows of {split}"] = hashlib.sha256(rows).hexdigest()[:12]
     precision = choose_precision(model.mean.device)
     scaler = torch.amp.GradScaler(model.mean.device.type, enabled=precision == torch.float16)
@@ -1033,60 +1066,52 @@ def new_state(model, splits):
 
 
 def bytes_kept(model, precision, dataset, count):
-    """The bytes that the forward pass of `count` pairs keeps for backward()."""
-    sizes, rows = {}, shuffled(len(dataset))[:count]
+    """The bytes that the forward pass of `count` images, texts and prompts keeps for backward()."""
+    sizes = {}
 
     def note(tensor):
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # the tensor itself would keep its own graph alive
 
-    pixels, tokens = dataset[rows]
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        alive = [encode_images(model, precision, pixels, torch.zeros(len(rows), 3))]
-        alive.append(encode_texts(model, precision, tokens))  # so that no address is used twice
+    pixels, tokens = dataset[shuffled(len(dataset))[:count]]
+    tokens = torch.cat([tokens, dataset.tokens[dataset.prompts[:count, 0]]])
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        alive = [encode_images(model, precision, pixels)]  # so that no address is used twice
+        alive.append(encode_texts(model, precision, tokens))
     return sum(sizes.values())
 
 
 def fit_chunk(model, precision, dataset, share):
-    """How many of a process's pairs to encode at a time, so that training fits the free memory.
+    """How many of a process's images to encode at a time, so that training fits the free memory.
 
     A CPU has no error to catch when memory runs out: the system kills the process. So the size of
-    a pair is measured, and what training takes besides is known: gradients, Adam's two moments.
+    an image with its texts is measured, and what training takes besides is known.
     """
     free = free_memory(model.mean.device)  # before measuring: torch reuses that memory
     few, more = min(4, len(dataset)), min(12, len(dataset))
     kept = [bytes_kept(model, precision, dataset, count) for count in (few, more)]
-    pair = 1.5 * (kept[1] - kept[0]) / max(1, more - few)  # half as much again comes and goes
+    image = 1.5 * (kept[1] - kept[0]) / max(1, more - few)  # half as much again comes and goes
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
-    besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)  # + copies, + all_reduce
-    logits = 20 * (WORLD_SIZE * share) ** 2  # of the loss: 16 bytes a logit were measured
-    free -= besides * weights + logits + 2**29
-    fitting = int(free / max(1.0, pair))
-    if fitting < 1:
-        say(f"MEMORY: {(pair - free) / 1e9:.1f} GB more should be free, or the run may be killed")
+    # gradients and Adam's two moments; copies in half precision; what all_reduce sums
+    besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)
+    batch = WORLD_SIZE * share
+    logits = 20 * batch * (batch + min(batch, len(dataset.prompts)))  # 16 bytes were measured
+    fitting = int((free - besides * weights - logits - 2**29) / max(1.0, image))
     chunks = -(-share // max(1, fitting))
     return -(-share // chunks)
 
 
-CGROUP_FILES = (  # of versions 2 and 1: the limit, the use, and what of that is cache
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
-)
-
-
-def free_memory(device, root="/"):
-    """The bytes that this process may still take, within the limits of its container (cgroup)."""
+def free_memory(device, root="/sys/fs/cgroup"):
+    """The bytes that this process may still take, within its container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] - 2**29
-    free, groups = psutil.virtual_memory().available, Path(root, "proc/self/cgroup")
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, kind, path = line.split(":", 2)
-        inner = Path(root, "sys/fs/cgroup", kind, path.strip("/"))
-        for folder, names in product((inner, *inner.parents), CGROUP_FILES):
-            with suppress(OSError, ValueError):  # no such file; "max" is no number
-                limit, used, stat = ((folder / name).read_text() for name in names[:3])
-                cache = int(re.search(rf"^{names[3]} (\d+)", stat, re.M)[1])
-                free = min(free, int(limit) - int(used) + cache)
+    free = psutil.virtual_memory().available
+    names = ("max", "current", "stat"), ("limit_in_bytes", "usage_in_bytes", "stat")
+    for prefix, files in zip(("memory", "memory/memory"), names, strict=True):  # versions 2 and 1
+        with suppress(OSError, ValueError, IndexError):  # no such file; "max" is no number
+            limit, used, stat = (Path(root, f"{prefix}.{name}").read_text() for name in files)
+            cache = re.findall(r"inactive_file (\d+)", stat)[-1]  # given up when memory is short
+            free = min(free, int(limit) - int(used) + int(cache))
     return free / LOCAL_WORLD_SIZE
 
 
@@ -1094,48 +1119,61 @@ def save_run(state):
     """Write last.pt, from which the run goes on exactly."""
     check_finite(state)
     if RANK == 0:
-        saved = {name: getattr(state, name) for name in ("fingerprint", "chunk", *PROGRESS)}
-        for name in ("model", "optimizer", "scaler"):
-            saved[name] = getattr(state, name).state_dict()
+        saved = {name: getattr(state, name) for name in SAVED}
+        saved |= {name: getattr(state, name).state_dict() for name in STATEFUL}
         with atomic_write(f"{OUTPUT_PATH}/last.pt") as file:
             torch.save(saved, file)
 
 
 def resume(state):
     """Go on from last.pt, where there is one. Stops where it is of another training."""
-    path = f"{OUTPUT_PATH}/last.pt"
+    path, chunk = f"{OUTPUT_PATH}/last.pt", state.chunk
     if os.path.exists(path):
-        try:
+        saved, advice = None, "Move it, or set another OUTPUT_PATH to start anew"
+        with suppress(Exception):  # a damaged file raises nearly anything
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            old, new = saved["fingerprint"], state.fingerprint
-            changed = [name for name in new | old if old.get(name) != new.get(name)]
-        except Exception as error:
-            advice = "Move it, or set another OUTPUT_PATH to start anew"
-            sys.exit(f"{path} is no checkpoint of this script ({brief(error)}). {advice}")
-        if changed:
-            changes = "; ".join(f"{k} was {old.get(k)}, is {new.get(k)}" for k in changed)
-            further = f'To train further from its result, set MODEL = "{OUTPUT_PATH}/best.pt" and '
-            advice = further if saved["finished"] else "Set it back to go on, or to start anew set "
-            sys.exit(f"{path} is of another training: {changes}. {advice}another OUTPUT_PATH")
-        for name in PROGRESS:
+        if not isinstance(saved, dict) or saved.keys() != {*SAVED, *STATEFUL}:
+            sys.exit(f"{path} is damaged, or not of this version of the script. {advice}")
+        refuse_changes(path, saved, state.fingerprint)
+        if saved["finished"]:
+            further = (
+                f'To train further, set MODEL = "{OUTPUT_PATH}/best.pt" and another OUTPUT_PATH'
+            )
+            say(f"This run is finished: {OUTPUT_PATH} has its weights. {further}")
+            sys.exit(0)
+        for name in SAVED:
             setattr(state, name, saved[name])
-        for name in ("model", "optimizer", "scaler"):
+        for name in STATEFUL:
             if saved[name]:  # a scaler that scales nothing has saved nothing
                 getattr(state, name).load_state_dict(saved[name])
-        if not CHUNK_SIZE:  # other chunks add up in another order
-            state.chunk = min(state.chunk, saved["chunk"])
-        if not state.finished:
-            say(f"Going on from {path}: epoch {state.epoch}, of which {state.step} steps are done.")
-    digest = hashlib.sha256(repr(state.fingerprint).encode("utf-8", "replace")).hexdigest()
-    place = torch.tensor([state.epoch, state.step, int(digest[:15], 16)])
-    highest, minus_lowest = all_reduce(torch.stack([place, -place]), dist.ReduceOp.MAX)
-    if not torch.equal(highest, -minus_lowest):  # so that all of them stop
+        # Larger chunks would add up in another order.
+        state.chunk = chunk if CHUNK_SIZE else min(chunk, saved["chunk"])
+        say(f"Going on from {path}: epoch {state.epoch}, of which {state.step} steps are done.")
+    place = f"{state.epoch} {state.step} {state.fingerprint}".encode("utf-8", "replace")
+    place = int(hashlib.sha256(place).hexdigest()[:15], 16)
+    if int(all_reduce(torch.tensor(place), dist.ReduceOp.MAX)) != place:
         sys.exit(f"{path} or the rows differ between processes: all have to see the same files")
 
 
-# ---- Weights: from the hub, OpenAI and files -----------------------------------------------------
-HUB_NAMES = {f"RN{n}": f"resnet{n}_clip" for n in ("50", "101", "50x4", "50x16", "50x64")}
-HUB_NAMES |= {  # OpenAI's models on the hub, as plain tensors: timm/….openai
+def refuse_changes(path, saved, new):
+    """Stop where the constants or the rows are not those of the saved run."""
+    old, batch = saved["fingerprint"], "BATCH_SIZE in equal shares"
+    changed = [name for name in new | old if old.get(name) != new.get(name)]
+    changes = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in changed]
+    if batch in changed:
+        counts = [str(n) for n in range(1, old[batch] + 1) if old[batch] % n == 0]
+        changes.append(f"{', '.join(counts)} processes can share a batch of {old[batch]}")
+    further = f'To train further from its result, set MODEL = "{OUTPUT_PATH}/best.pt" and '
+    advice = further if saved["finished"] else "Set it back to go on, or to start anew set "
+    if changed:
+        sys.exit(
+            f"{path} is of another training: {'; '.join(changes)}. {advice}another OUTPUT_PATH"
+        )
+
+
+# ---- Weights: files and the hub ------------------------------------------------------------------
+HUB_NAMES = {  # OpenAI's models on the hub, as plain tensors: timm/….openai
+    **{f"RN{size}": f"resnet{size}_clip" for size in ("50", "101", "50x4", "50x16", "50x64")},
     "ViT-B/32": "vit_base_patch32_clip_224",
     "ViT-B/16": "vit_base_patch16_clip_224",
     "ViT-L/14": "vit_large_patch14_clip_224",
@@ -1160,68 +1198,29 @@ def check_config(config):
         raise ValueError(f"it differs from OpenAI's CLIP: {', '.join(other)}")
 
 
-def hub_file(repository, *names):
-    """The path of the first of these files that a repository has, or None; cached or downloaded."""
-    for cached, name in product((True, False), names):
-        try:
-            return hf_hub_download(repository, name, local_files_only=cached)
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError) and not cached:
-                raise  # the hub cannot be reached
-    return None
-
-
-def hub_weights(repository):
-    """The path of a hub repository's weights. Its form is checked before they are downloaded."""
-    config = hub_file(repository, "open_clip_config.json")
-    if config is None:
-        hint = 'OpenAI\'s own models are MODEL = "ViT-B/32" and the like'
-        raise ValueError(f"that repository has no open_clip_config.json; {hint}")
-    check_config(json.loads(Path(config).read_text(encoding="utf-8")))
-    names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    weights = hub_file(repository, *names)
-    if weights is None:
-        raise ValueError(f"that repository has no {' or '.join(names)}")
-    return weights
-
-
 def find_weights(name):
-    """The path of MODEL's weights: a file as it is, clip's earlier download, else the hub's."""
-    if name not in HUB_NAMES:
-        suffix = Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors")
-        is_path = os.path.exists(name) or suffix or name.count("/") != 1
-        return name if is_path else hub_weights(name)
-    url, repository = clip.clip._MODELS[name], f"timm/{HUB_NAMES[name]}.openai"
-    cached = Path("~/.cache/clip").expanduser() / os.path.basename(url)
-    if cached.is_file() and hashlib.sha256(cached.read_bytes()).hexdigest() == url.split("/")[-2]:
-        return str(cached)
-
-    def download_from_openai():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{cached}.lock"):  # one process at a time; the next one finds the file
-            return clip.clip._download(url, str(cached.parent))
-
-    sources = {"the hub": lambda: hub_weights(repository), "OpenAI's link": download_from_openai}
-    reasons = []
-    for source, download in sources.items():
-        try:
-            return download()
-        except Exception as error:
-            reasons.append(f"{source} says {brief(error)}")
-    link = f"https://huggingface.co/{repository}/resolve/main/open_clip_model.safetensors"
-    advice = f'Download {link} yourself and set MODEL = "path/to/open_clip_model.safetensors"'
-    raise OSError(f"{'; '.join(reasons)}. {advice}")
-
-
-def load_dictionary(path):
-    """The dictionary that torch.save wrote to a file, if it is of tensors and plain values."""
+    """The path of MODEL's weights: a file as it is, or the hub's, whose form is checked first."""
+    repository, file = HUB_NAMES.get(name), "open_clip_model.safetensors"
+    repository = f"timm/{repository}.openai" if repository else name
+    suffix = Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if os.path.exists(name) or suffix or repository.count("/") != 1:
+        return name
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, UnpicklingError) as error:  # torch advises to run the code in the file
-        found = str(error).partition("GLOBAL ")[2].split()[:1]
-        what = f"also {found[0]}; save model.state_dict() alone" if found else "no tensors"
-        raise ValueError(f"it holds {what}") from None
-    return held if isinstance(held, dict) else {type(held).__name__: held}
+        config = hub_file(repository, "open_clip_config.json")
+        check_config(json.loads(Path(config).read_text(encoding="utf-8")))
+        return hub_file(repository, file)
+    except OSError as error:  # no such repository or file, or no way to the hub
+        link = f"https://huggingface.co/{repository}/resolve/main/{file}"
+        advice = f'download {link} yourself and set MODEL = "path/to/{file}"'
+        raise OSError(f"{brief(error)}. If it has an open_clip_config.json, {advice}") from None
+
+
+def hub_file(repository, name):
+    """The path of a repository's file; what is cached is taken without a request."""
+    try:
+        return hf_hub_download(repository, name, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return hf_hub_download(repository, name)
 
 
 def read_weights(path):
@@ -1230,15 +1229,7 @@ def read_weights(path):
     The file: safetensors, a TorchScript archive as OpenAI's are, or a dictionary of tensors, which
     may lie in a checkpoint's "state_dict", "model_state_dict" or "model".
     """
-    if str(path).endswith(".safetensors"):
-        weights = load_file(path)
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit.load is deprecated; OpenAI's files need it
-            try:
-                weights = torch.jit.load(path, map_location="cpu").state_dict()
-            except RuntimeError:
-                weights = load_dictionary(path)
+    weights = read_tensors(path)
     for wrapper in ("state_dict", "model_state_dict", "model"):
         inner = weights.get(wrapper)
         weights = inner if isinstance(inner, dict) else weights
@@ -1256,6 +1247,22 @@ def read_weights(path):
     return weights
 
 
+def read_tensors(path):
+    """The dictionary that a file of weights holds."""
+    if str(path).endswith(".safetensors"):
+        return load_file(path)
+    with warnings.catch_warnings(), suppress(RuntimeError):  # no archive
+        warnings.simplefilter("ignore")  # torch.jit.load is deprecated; OpenAI's files need it
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, UnpicklingError) as error:  # torch advises to run the code in the file
+        found = str(error).partition("GLOBAL ")[2].split()[:1]
+        what = f"also {found[0]}; save model.state_dict() alone" if found else "no tensors"
+        raise ValueError(f"it holds {what}") from None
+    return held if isinstance(held, dict) else {type(held).__name__: held}
+
+
 # ---- Machine, processes and signals --------------------------------------------------------------
 def prepare_machine():
     """Set up the output, the memory and the other processes → this process's device."""
@@ -1263,9 +1270,10 @@ def prepare_machine():
         with suppress(AttributeError):  # a notebook's own
             # Windows' code pages lack most letters; a pipe, or a log, should show lines at once.
             stream.reconfigure(errors="replace", line_buffering=True)
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # leaves that image out
-    check_machine()
     cuda = torch.cuda.is_available()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not cuda and not hidden and shutil.which("nvidia-smi"):
+        say("THE GPU IS NOT USED: this torch finds none. See Troubleshooting in the README")
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -1274,33 +1282,7 @@ def prepare_machine():
         backend = "cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
         all_reduce(torch.zeros(1, device=device))  # NCCL takes its memory now, not at the peak
-    if cuda:  # half a GB for what takes memory beside torch; else Windows' driver spills into RAM
-        free, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(max(0.0, (free - 2**29) / total))
     return device
-
-
-def check_machine():
-    """Stop if copies would train alone or the GPU is too old; report one that is not used."""
-    copies = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if copies > 1 and "RANK" not in os.environ:
-        sys.exit(f"srun has started {copies} copies that know nothing of each other: srun torchrun")
-    wheels = "pip install --force-reinstall torch torchvision --index-url "
-    wheels += "https://download.pytorch.org/whl/cu126"
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        known = [int(re.sub(r"\D", "", name)) for name in torch.cuda.get_arch_list()]
-        if known and 10 * major + minor < min(known):
-            name = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
-            advice = f"Take another GPU (Kaggle: T4), or {wheels}"
-            sys.exit(f"this torch no longer knows the {name}. {advice}")
-    elif shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        with suppress(OSError, subprocess.SubprocessError):
-            gpu = subprocess.check_output(query, text=True, timeout=20, stderr=subprocess.DEVNULL)
-            cuda = f"is for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
-            advice = f"Update its driver (580 or newer for CUDA 13), or {wheels}"
-            say(f"THE GPU IS NOT USED: {gpu.strip()}; torch {torch.__version__} {cuda}. {advice}")
 
 
 def keep_freed_memory():
@@ -1314,13 +1296,8 @@ def keep_freed_memory():
 
 def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     """The sum, or another operation, of all processes' tensors, in place."""
-    try:
-        if WORLD_SIZE > 1:
-            dist.all_reduce(tensor, operation)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        sys.exit(f"cannot reach the other processes; if one ended, it says why ({brief(error)})")
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor, operation)
     return tensor
 
 
@@ -1331,61 +1308,58 @@ def all_gather(share):
     return all_reduce(shares).flatten(0, 1)
 
 
-def leave(number, _frame):
-    """End a run before training. SystemExit is no Exception: no `except Exception` stops it."""
-    os.write(2, b"Stopped before training: there is nothing new to save.\n")
-    sys.exit(128 + number)
+def note_signal(state, number, _frame):
+    """Have the run end after its step; a second Ctrl-C or SIGTERM ends it at once."""
+    state.signals.append(number)
+    signal.signal(number, signal.SIG_DFL)  # no Python handler can interrupt an exchange
 
 
 def stop_if_signalled(state):
-    """End the run, saved, if Ctrl-C or SIGTERM has told one of its processes to."""
+    """End the run, saved, if one of its processes was told to."""
     number = int(all_reduce(torch.tensor(max(state.signals, default=0)), dist.ReduceOp.MAX))
     if number:
-        if state.epoch <= NUM_EPOCHS:  # later last.pt is complete, and finish() loads other weights
-            save_run(state)
+        save_run(state)
         say(f"Stopped and saved in {OUTPUT_PATH}/last.pt: the same command goes on from there.")
         all_reduce(torch.zeros(1))  # it is saved before torchrun hears of any exit
         sys.exit(128 + number)
 
 
-def stop_out_of_memory(state):
-    """End the run, saved: with a smaller chunk it goes on as the same training."""
-    for moments in state.optimizer.state.values():
-        if len(moments) < 3:  # it ran out as Adam made them
-            moments.clear()
-    if state.epoch <= NUM_EPOCHS:
-        save_run(state)
-    advice = f"set CHUNK_SIZE = {state.chunk // 2}" if state.chunk > 1 else "set a smaller MODEL"
-    sys.exit(f"out of memory at {state.chunk} pairs at a time: {advice} and run it again")
+def progress(task, total, done=0):
+    """A bar at a terminal; elsewhere, as in a notebook's cell or a log, a line every minute."""
+    how = {"leave": False}
+    if not sys.stderr.isatty():
+        form = "{desc}: {n_fmt} of {total_fmt}{postfix}, {rate_fmt}, {remaining} left\n"
+        how = {"delay": 60, "mininterval": 60, "miniters": 1, "bar_format": form}
+    how |= {"unit": " images", "disable": RANK > 0, "initial": done}
+    return tqdm(desc=task, total=total, **how)
 
 
 def say(line):
-    """Print above the progress bar, from the first process only."""
+    """Print from the first process only; at a terminal, above the progress bar."""
     if RANK == 0:
-        tqdm.write(line)
+        (tqdm.write if sys.stderr.isatty() else print)(line)
 
 
 # ---- Files and constants -------------------------------------------------------------------------
 @contextmanager
 def atomic_write(path):
     """A file to write, which on success replaces path at once."""
-    temporary = f"{path}.tmp"
+    for stale in glob.glob(f"{glob.escape(str(path))}.*.tmp"):  # of a run that was killed
+        os.remove(stale)
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        for seconds in (0.1, 0.5, 1, 2, 4):  # Windows' scanners hold a new file for a moment
-            with suppress(PermissionError):
-                os.replace(temporary, path)
-                return
+        for seconds in (0.1, 0.5, 1, 2, 4, 0):  # Windows' scanners hold a new file for a moment
+            with suppress(PermissionError if seconds else ()):
+                return os.replace(temporary, path)
             time.sleep(seconds)
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError from it
-        sys.exit(f"cannot write {path}: {error.__context__ or error}; what it held is untouched")
-    finally:
         with suppress(OSError):
             os.remove(temporary)
+        sys.exit(f"cannot write {path}: {error.__context__ or error}; what it held is untouched")
 
 
 def write_lines(name, rows):
@@ -1401,67 +1375,55 @@ def brief(error, limit=300):
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit].rstrip(".")
 
 
-RULES = {  # constants: (what each must be, whether it is)
+def is_whole(value, least):
+    return type(value) is int and value >= least
+
+
+RULES = {  # constants: (what each must be, whether it is); the last two make folders
     "IMAGE_PATH": ("a folder that exists", os.path.isdir),
-    "JSON_PATH": ("a file that exists", lambda v: os.path.isfile(v.replace("{split}", "train"))),
-    "OUTPUT_PATH CACHE_PATH": ("a folder's path", lambda v: v and "\0" not in v),
+    "JSON_PATH": ("something that exists", lambda v: os.path.exists(v.replace("{split}", "train"))),
     "MODEL": ("text in quotes", lambda v: isinstance(v, str)),
-    "BATCH_SIZE": ("a whole number from 2 on", lambda v: type(v) is int and v >= 2),
-    "NUM_EPOCHS": ("a whole number from 0 on", lambda v: type(v) is int and v >= 0),
-    "LR": ("a number above 0", lambda v: 0 < v < math.inf),
+    "BATCH_SIZE": ("a whole number from 2 on", lambda v: is_whole(v, 2)),
+    "NUM_EPOCHS": ("a whole number from 0 on", lambda v: is_whole(v, 0)),
+    "LR MAX_GRAD_NORM": ("a number above 0", lambda v: v > 0),
     "WARMUP": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
     "CLASS_WEIGHT": ("a number from 0 on", lambda v: 0 <= v < math.inf),
-    "MAX_GRAD_NORM": ("a number above 0", lambda v: v > 0),
-    "MIN_CROP": ("a number above 0, at most 1", lambda v: 0 < v <= 1),
-    "SEED": ("a whole number from 0 to 2**31", lambda v: type(v) is int and 0 <= v <= 2**31),
+    "SEED": ("a whole number from 0 to 2**31", lambda v: is_whole(v, 0) and v <= 2**31),
     "PROMPTS": ("texts with {} in each", lambda v: v and all(text.count("{}") for text in v)),
     "CLASS_NAMES": ("a dictionary of texts", lambda v: all(text.strip() for text in v.values())),
-    "CHUNK_SIZE": ("None or a whole number", lambda v: v is None or type(v) is int and v >= 1),
-    "SAMPLE_RUN": ("a dictionary", lambda v: isinstance(v, dict)),
+    "CHUNK_SIZE": ("None or a whole number", lambda v: v is None or is_whole(v, 1)),
+    "OUTPUT_PATH CACHE_PATH": (
+        "a folder to write into",
+        lambda v: v and not os.makedirs(v, exist_ok=True),
+    ),
 }
 
 
 def check_constants():
     """Take the sample's where there is no dataset. Stop at a constant that cannot work."""
     constants = globals()
+    for name in ("IMAGE_PATH", "JSON_PATH", "OUTPUT_PATH", "CACHE_PATH", "MODEL"):
+        if re.search(r"[\0-\x1f]", str(constants[name])):  # "my_shop\rows.csv" holds a return
+            sys.exit(f"{name} is {constants[name]!r}: write / between folders, not \\")
+        if isinstance(constants[name], str):
+            constants[name] = os.path.expanduser(constants[name])
     if IMAGE_PATH == "data/indo-fashion" and not os.path.isdir(IMAGE_PATH):
         if JSON_PATH == "data/indo-fashion/{split}_data.json":
             say("IndoFashion is not in data/indo-fashion. To get it, see data/README.md or")
             say("www.kaggle.com/datasets/validmodel/indo-fashion-dataset. Running the bundled")
             say("sample, whose constants are those in SAMPLE_RUN.")
-            constants.update(SAMPLE_RUN if isinstance(SAMPLE_RUN, dict) else {})
+            constants.update(SAMPLE_RUN)
         elif isinstance(JSON_PATH, str):  # image_path may be absolute
             folders = (os.path.dirname(JSON_PATH), ".")  # a wrong JSON_PATH is named below
             constants["IMAGE_PATH"] = next(filter(os.path.isdir, folders))
             say(f"IMAGE_PATH is not set: image_path is taken as relative to {IMAGE_PATH}")
-    if isinstance(PROMPTS, str):  # a forgotten comma
-        constants["PROMPTS"] = (PROMPTS,)
     for names, (wanted, is_right) in RULES.items():
         for name in names.split():
             with suppress(Exception):  # of another type
                 if is_right(constants[name]):
                     continue
-            sys.exit(f"{name} is {constants[name]!r}; it must be {wanted}")
-    written = [os.path.realpath(f"{OUTPUT_PATH}/{name}.pt") for name in ("best", "last")]
-    if os.path.realpath(MODEL) in written:
-        sys.exit(f"MODEL is {MODEL}, which this run would overwrite: set another OUTPUT_PATH")
-    for name in ("OUTPUT_PATH", "CACHE_PATH"):
-        try:
-            os.makedirs(constants[name], exist_ok=True)
-        except OSError as error:
-            sys.exit(f"{name} is {constants[name]!r}; it must be a folder ({brief(error)})")
-
-
-def lock_output():
-    """Refuse a second run in OUTPUT_PATH. The system frees the lock when the process ends."""
-    lock = FileLock(f"{OUTPUT_PATH}/.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        sys.exit(f"another run writes into {OUTPUT_PATH}: wait for it, or set another OUTPUT_PATH")
-    except OSError as error:
-        sys.exit(f"cannot write into OUTPUT_PATH {OUTPUT_PATH} ({brief(error)})")
-    return lock
+            where = f" ({os.path.abspath(constants[name])})" if name.endswith("PATH") else ""
+            sys.exit(f"{name} is {constants[name]!r}{where}; it must be {wanted}")
 
 
 # ---- Figures -------------------------------------------------------------------------------------
@@ -1472,124 +1434,99 @@ def save_figure(name, figure):
 
 
 def draw_curves(history, best_epoch):
-    """curves.png: the epochs' lines of metrics.jsonl; a panel for what the split has."""
+    """curves.png: the epochs' lines of metrics.jsonl."""
     search = [f"{way}_r{k}" for way in DIRECTIONS for k in (1, 5)]
     panels = {"loss": ["train_loss", "loss"], "classes": ["accuracy", "macro_f1"], "search": search}
-    panels = {title: keys for title, keys in panels.items() if keys[-1] in history[0]}
-    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for panel, (title, keys) in zip(axes, panels.items(), strict=True):
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for key in keys:
             lines = [line for line in history if key in line]
             epochs, values = [line["epoch"] for line in lines], [line[key] for line in lines]
-            panel.plot(epochs, values, marker=".", label=key)
-        panel.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
-        panel.set(title=title, xlabel="epoch (0 is before training)")
-        panel.set_ylim((None, None) if title == "loss" else (-0.03, 1.03))
-        panel.legend()
-        panel.grid(alpha=0.3)
-        panel.locator_params("x", integer=True)
+            axes.plot(epochs, values, marker=".", label=key)
+        axes.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
+        axes.set(title=title, xlabel="epoch (0 is before training)")
+        axes.set_ylim((None, None) if title == "loss" else (-0.03, 1.03))
+        axes.legend()
+        axes.grid(alpha=0.3)
+        axes.locator_params("x", integer=True)
     save_figure("curves.png", figure)
 
 
-def draw_confusion(dataset, results):
-    """confusion.png: the percentages of each class taken for each class, before and after.
-
-    Of more than 60 classes, those with the most images; nothing where there are no classes.
-    """
-    known = dataset.labels >= 0
-    if not known.any():
+def draw_confusion(dataset, views):
+    """confusion.png: the percentages of each class taken for each class; up to 60 classes."""
+    names, known = dataset.class_names, dataset.labels >= 0
+    if not known.any() or len(names) > 60:
         return
-    counts = dataset.labels[known].bincount(minlength=len(dataset.class_names))
-    shown = counts.topk(min(60, len(counts))).indices.sort().values
-    place = torch.full_like(counts, len(shown)).index_copy(0, shown, torch.arange(len(shown)))
-    names = [textwrap.fill(dataset.class_names[i], 30, max_lines=2) for i in shown]
+    labels = dataset.labels[known]
     side = max(2.5, 0.32 * len(names))  # inches
-    margin = 0.8 + 0.08 * max(len(line) for name in names for line in name.split("\n"))
-    figure = Figure(figsize=(2 * side + margin, side + margin + 0.3), layout="constrained")
-    panels, titles = figure.subplots(1, 2, sharey=True), ("before training", "after")
-    for panel, result, title in zip(panels, results, titles, strict=True):
-        cells = place[dataset.labels[known]] * (len(shown) + 1) + place[result.predicted[known]]
-        table = cells.bincount(minlength=(len(shown) + 1) ** 2).view(len(shown) + 1, -1)[:-1, :-1]
-        fractions = table / counts[shown, None].clamp(min=1)
+    ticks = [textwrap.fill(name, 30, max_lines=2) for name in names]
+    figure = Figure(figsize=(2 * side + 4, side + 3), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, (when, view) in zip(panels, views.items(), strict=True):
+        cells = labels * len(names) + view["predicted"][known]
+        table = cells.bincount(minlength=len(names) ** 2).view(len(names), -1)
+        fractions = table / table.sum(1, keepdim=True).clamp(min=1)
         panel.imshow(fractions.numpy(), cmap="Greens", vmin=0, vmax=1)
         for true, predicted in fractions.ge(0.005).nonzero().tolist():
             value = float(fractions[true, predicted])
             style = {"color": "white" if value > 0.5 else "black", "fontsize": 8}
             panel.text(predicted, true, f"{100 * value:.0f}", ha="center", va="center", **style)
-        panel.set(title=f"{title}: {result.metrics['accuracy']:.0%} right", xlabel="predicted")
-        panel.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
-        panel.set_yticks(range(len(names)), names, parse_math=False)
+        right = float(table.diagonal().sum() / len(labels))
+        panel.set(title=f"{when} training: {right:.0%} right", xlabel="predicted")
+        panel.set_xticks(range(len(names)), ticks, rotation=90, parse_math=False)
+        panel.set_yticks(range(len(names)), ticks, parse_math=False)
     panels[0].set_ylabel("class, and the % of its images")
     save_figure("confusion.png", figure)
 
 
-def image_strip(dataset, found, query, caption):
-    """The images found, side by side, uint8 [H, W, 3]; dark frame: the caption's; light: its class.
-
-    query: an image that has the caption, a row of dataset.tokens.
-    """
-    edge = max(2, dataset.pixels.shape[-1] // 16)
-    strip = []
-    for image in found:
-        same_class = dataset.labels[image] == dataset.labels[query] >= 0
-        color = (165, 220, 170) if same_class else "white"
-        if (dataset.pairs == torch.tensor([image, caption])).all(1).any():
-            color = (20, 130, 50)
-        framed = ImageOps.expand(to_pil_image(dataset[image][0]), edge, color)
-        strip.append(F.pad(pil_to_tensor(framed), (0, edge), value=255))
-    return torch.cat(strip, 2).permute(1, 2, 0).numpy()
-
-
-def draw_retrieval(dataset, results):
-    """retrieval.png: the images found for at most eight captions, before training and after."""
-    queries = {}  # {caption: (an image that has it, its text)}
-    for pair in shuffled(len(dataset.pairs)).tolist():
-        image, caption = dataset.pairs[pair].tolist()
-        if len(queries) < 8:
-            queries.setdefault(caption, (image, dataset.examples[image].captions[dataset.texts[image].index(caption)]))
-    if not queries:
+def draw_retrieval(dataset, views):
+    """retrieval.png: the images found for at most eight captions, before and after training."""
+    if not dataset.queries:
         return
-    figure = Figure(figsize=(13.2, 1.45 * len(queries) + 0.5), layout="constrained")
-    axes = figure.subplots(len(queries), 2, squeeze=False)
-    for (caption, (query, text)), panels in zip(queries.items(), axes, strict=True):
-        for panel, title, result in zip(panels, ("before", "after"), results, strict=True):
-            found = top_k(result.text_features[caption][None], result.image_features, 5)[0].tolist()
-            panel.imshow(image_strip(dataset, found, query, caption))
-            panel.set_frame_on(False)
-            panel.set(xticks=[], yticks=[], ylabel=title)
-        title = textwrap.fill(text, 70, max_lines=2)
-        panels[0].set_title(title, loc="left", fontsize=11, parse_math=False)
-    figure.supxlabel("dark frame: the caption's own image; light: its class", fontsize=10)
+    width, count = views["before"]["found"].shape[1], len(dataset.queries)
+    figure = Figure(figsize=(2.6 * width, 1.5 * count + 0.3))
+    grid = figure.subplots(
+        count, 2 * width + 1, squeeze=False, gridspec_kw={"hspace": 0.35, "wspace": 0.05}
+    )
+    for number, (caption, text) in enumerate(dataset.queries.items()):
+        own = dataset.pairs[dataset.pairs[:, 1] == caption, 0]  # the images of the caption
+        label, row = dataset.labels[own[0]], grid[number]
+        row[0].set_title(textwrap.fill(text, 70, max_lines=1), loc="left", parse_math=False)
+        row[width].set_visible(False)  # parts before from after
+        for (when, view), panels in zip(views.items(), (row, row[width + 1 :]), strict=True):
+            panels[0].set_ylabel(when)
+            for image, panel in zip(view["found"][number].tolist(), panels, strict=False):
+                color = "#a5dcaa" if dataset.labels[image] == label >= 0 else "white"
+                panel.imshow(dataset[image][0].permute(1, 2, 0).numpy())
+                panel.set(xticks=[], yticks=[])
+                panel.spines[:].set(color="#148232" if image in own else color, linewidth=4)
+    figure.text(0.5, 0.08, "dark frame: the caption's own image; light: its class", ha="center")
     save_figure("retrieval.png", figure)
 
 
 # ---- The whole run -------------------------------------------------------------------------------
 def main():
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends loading at once
     device = prepare_machine()
     check_constants()
-    lock = lock_output() if RANK == 0 else None  # noqa: F841 (held until the run ends)
     model = load_clip(MODEL).to(device)
     splits = load_splits(model.visual.input_resolution)
     keep_freed_memory()
     state = new_state(model, splits)
     resume(state)
-    if state.finished:
-        say(f"This run is finished: {OUTPUT_PATH} has its weights. To train further from them, set")
-        say(f'MODEL = "{OUTPUT_PATH}/best.pt" and another OUTPUT_PATH.')
-        return
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _frame: state.signals.append(number))
     where = f"{str(state.precision)[6:]} on {WORLD_SIZE} × {device.type}"
-    say(f"{MODEL} in {where}, {state.chunk} pairs at a time; output in {OUTPUT_PATH}")
-    say(f"{NUM_EPOCHS} epochs of {state.steps_per_epoch} steps of {state.batch_size} pairs")
+    say(f"{MODEL} in {where}, {state.chunk} images at a time; output in {OUTPUT_PATH}")
+    say(f"{NUM_EPOCHS} epochs of {state.steps_per_epoch} steps of {state.batch_size} images")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, functools.partial(note_signal, state))
     try:
         train(state, splits)
         finish(state, splits)
     except torch.OutOfMemoryError:
-        stop_out_of_memory(state)
+        smaller = (
+            f"set CHUNK_SIZE = {state.chunk // 2}" if state.chunk > 1 else "take another MODEL"
+        )
+        sys.exit(f"out of memory at {state.chunk} images at a time: {smaller} and run it again")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

@@ -86,22 +86,29 @@ def make_state(model=None, chunk=99, **changes):
 
 
 def make_batch(count, seed=0):
-    """`count` random pairs, a third of the captions said twice."""
+    """`count` random images of three classes: a third of the captions are said twice, every fifth
+    image has no caption and every fourth no class."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=generator)
-    draws = torch.rand(count, 3, generator=generator)
-    which = torch.arange(count) % max(1, count * 2 // 3)
+    which, order = torch.arange(count) % max(1, count * 2 // 3), torch.arange(count)
     titles = [f"saree number {i}" + " long" * (i % 5) for i in range(int(which.max()) + 1)]
-    return ic.Batch(pixels, draws, ic.clip.tokenize(titles), which)
+    titled, classes = order[order % 5 < 4], torch.where(order % 4 < 3, order % 3, -100)
+    parts = ic.Parts(titled, classes, (len(titled), int((classes >= 0).sum())))
+    prompts = ic.clip.tokenize(
+        [f"a photo of a {name}" for name in ("saree", "gown", "pair of shoes")]
+    )
+    return ic.Batch(pixels, ic.clip.tokenize(titles), which, prompts, 3, parts)
 
 
 def toy_dataset(labels, captions, pixels=None, class_names=None):
     """An image for each label, "" for none, with its caption, or several in a tuple."""
     captions = [(text,) if isinstance(text, str) else tuple(text) for text in captions]
-    about = enumerate(zip(captions, labels, strict=True))
-    usable = [(i, ic.Example((i + 1,), str(i), texts, label, ())) for i, (texts, label) in about]
-    pixels = torch.zeros(len(usable), 3, 64, 64, dtype=torch.uint8) if pixels is None else pixels
-    return ic.FashionDataset(usable, pixels, class_names or sorted(set(labels) - {""}))
+    examples = [
+        ic.Example(str(i), texts, label, "", (i + 1,), row=i)
+        for i, (texts, label) in enumerate(zip(captions, labels, strict=True))
+    ]
+    pixels = torch.zeros(len(examples), 3, 64, 64, dtype=torch.uint8) if pixels is None else pixels
+    return ic.FashionDataset(examples, pixels, class_names or sorted(set(labels) - {""}))
 
 
 def relative(one, other):
@@ -112,15 +119,32 @@ def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def textbook_losses(model, batch):
+    """Both losses by CLIP's own towers, all 77 tokens, one graph, pair by pair: the plain form."""
+    device = model.mean.device
+    pixels = batch.pixels.to(device).float().div(255)
+    image_features = F.normalize(model.encode_image((pixels - model.mean) / model.std), dim=-1)
+    tokens = batch.tokens[batch.inverse].to(device)
+    text_features = F.normalize(model.encode_text(tokens), dim=-1)
+    prompt_features = F.normalize(model.encode_text(batch.prompts.to(device)), dim=-1)
+    scale, titled = model.logit_scale.exp(), batch.parts.titled.tolist()
+    similarity = scale * image_features[titled] @ text_features[titled].T
+    log_likelihood = similarity.log_softmax(1).diagonal() + similarity.log_softmax(0).diagonal()
+    caption_loss = -log_likelihood.mean() / 2
+    classes = batch.parts.classes.tolist()
+    class_losses = [
+        -(scale * image_features[i] @ prompt_features[: batch.num_classes].T).log_softmax(0)[label]
+        for i, label in enumerate(classes)
+        if label >= 0
+    ]
+    return caption_loss, torch.stack(class_losses).mean()
+
+
 def textbook_step(model, batch):
-    """By CLIP's own towers, all 77 tokens, one graph, one backward(): (the loss, the gradients)."""
-    pixels, draws, tokens, inverse = (part.to(model.mean.device) for part in batch)
-    images = ic.random_crop(pixels.float().div(255), draws)
-    image_features = F.normalize(model.encode_image((images - model.mean) / model.std), dim=-1)
-    text_features = F.normalize(model.encode_text(tokens[inverse]), dim=-1)
-    loss = ic.clip_loss(image_features, text_features, model.logit_scale)
-    loss.backward()
-    return loss.item(), gradients(model)
+    """The textbook's losses and one backward() of their sum: ([2] losses, the gradients)."""
+    losses = textbook_losses(model, batch)
+    (losses[0] + ic.CLASS_WEIGHT * losses[1]).backward()
+    return torch.stack(losses).detach(), gradients(model)
 
 
 # ---- The script ----
