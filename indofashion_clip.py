@@ -106,7 +106,7 @@ SAMPLE_RUN = {  # the run without a dataset: these replace the constants above
     "OUTPUT_PATH": "outputs/sample",
     "MODEL": "tiny",
     "BATCH_SIZE": 32,
-    "NUM_EPOCHS": 60,
+    "NUM_EPOCHS": 30,
     "LR": 1e-3,
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw
 
-SPLITS = {"train": 16, "val": 5, "test": 5}  # pictures per class
+SPLITS = {"train": 32, "val": 5, "test": 5}  # pictures per class
 SUPERSAMPLE = 2  # drawn larger, then reduced: smooth edges
 
 COLOURS = {

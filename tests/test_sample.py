@@ -25,7 +25,7 @@ def test_the_generator_rewrites_the_same_bytes(tmp_path):
     assert sum((SAMPLE / file).stat().st_size for file in files(SAMPLE)) <= 4_000_000
 
 
-@pytest.mark.parametrize("split, count", [("train", 16), ("val", 5), ("test", 5)])
+@pytest.mark.parametrize("split, count", [("train", 32), ("val", 5), ("test", 5)])
 def test_every_class_has_its_pictures(split, count):
     rows = read_lines(SAMPLE / f"{split}_data.json")
     labels = [row["class_label"] for row in rows]

@@ -97,7 +97,7 @@ def write_dataset(folder, images, **splits):
     for split, rows in splits.items():
         conftest.write_lines(folder / f"{split}_data.json", rows[: 300 if QUICK else None])
     json_path = f"{folder}/{{split}}_data.json"
-    return {"IMAGE_PATH": f"{images}", "JSON_PATH": json_path, "CACHE_PATH": f"{folder}"}
+    return {"IMAGE_PATH": f"{images}", "JSON_PATH": json_path}
 
 
 def pretrained(first, kept, folder):
