@@ -30,6 +30,7 @@ import posixpath
 import re
 import shutil
 import signal
+import socket
 import sys
 import textwrap
 import time
@@ -673,10 +674,8 @@ def table_row(names, cells, delimiter):
         raise ValueError(f"{len(cells)} cells for {len(names)} columns")
     row = dict(zip(names, cells, strict=False))
     ending = os.path.splitext(row.get("image_path", ""))[1]
-    swallowed = [
-        part for cell in cells for line in cell.split("\n")[1:] for part in line.split(delimiter)
-    ]
-    if ending and any(part.endswith(ending) for part in swallowed):
+    below = [line for cell in cells for line in cell.split("\n")[1:]]
+    if ending and any(part.endswith(ending) for line in below for part in line.split(delimiter)):
         raise ValueError("a quote that is opened here takes in the rows below")
     return row
 
@@ -722,9 +721,7 @@ def read_examples(path):
     columns = f"{path} has the columns {', '.join(map(str, columns)):.300}"
     if not examples:
         first = "line {}: {:.300}".format(*min(skipped, default=(1, "it is empty")))
-        form = (
-            "Rows are JSON objects, or those of a CSV, that have the path of an image in image_path"
-        )
+        form = "Rows are JSON objects, or those of a CSV, with the path of an image in image_path"
         sys.exit(f"{columns}, but no row that can be used; {first}. {form}")
     return examples, skipped, columns
 
@@ -1136,10 +1133,8 @@ def resume(state):
             sys.exit(f"{path} is damaged, or not of this version of the script. {advice}")
         refuse_changes(path, saved, state.fingerprint)
         if saved["finished"]:
-            further = (
-                f'To train further, set MODEL = "{OUTPUT_PATH}/best.pt" and another OUTPUT_PATH'
-            )
-            say(f"This run is finished: {OUTPUT_PATH} has its weights. {further}")
+            say(f"This run is finished: {OUTPUT_PATH} has its weights. To train further from them,")
+            say(f'set MODEL = "{OUTPUT_PATH}/best.pt" and another OUTPUT_PATH.')
             sys.exit(0)
         for name in SAVED:
             setattr(state, name, saved[name])
@@ -1344,9 +1339,11 @@ def say(line):
 @contextmanager
 def atomic_write(path):
     """A file to write, which on success replaces path at once."""
-    for stale in glob.glob(f"{glob.escape(str(path))}.*.tmp"):  # of a run that was killed
-        os.remove(stale)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    of_host = f"{path}.{socket.gethostname()}"
+    for stale in glob.glob(f"{glob.escape(of_host)}.*.tmp"):
+        if not psutil.pid_exists(int(stale.split(".")[-2])):  # that run was killed
+            os.remove(stale)
+    temporary = f"{of_host}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -1392,10 +1389,7 @@ RULES = {  # constants: (what each must be, whether it is); the last two make fo
     "PROMPTS": ("texts with {} in each", lambda v: v and all(text.count("{}") for text in v)),
     "CLASS_NAMES": ("a dictionary of texts", lambda v: all(text.strip() for text in v.values())),
     "CHUNK_SIZE": ("None or a whole number", lambda v: v is None or is_whole(v, 1)),
-    "OUTPUT_PATH CACHE_PATH": (
-        "a folder to write into",
-        lambda v: v and not os.makedirs(v, exist_ok=True),
-    ),
+    "OUTPUT_PATH CACHE_PATH": ("a folder", lambda v: v and not os.makedirs(v, exist_ok=True)),
 }
 
 
