@@ -407,7 +407,7 @@ def train_epoch(state, dataset, bar):
         totals = total_losses(losses, batch.parts)
         state.totals += torch.where(losses.isfinite(), totals, 0)  # the scaler skips such a step
         state.step += 1
-        if state.step % 20 == 0:
+        if step % 20 == 0:
             bar.set_postfix_str(f"loss {check_finite(state)['loss']:.3f}", refresh=False)
         bar.update(state.batch_size)
         if time.perf_counter() > last_save + 600:
@@ -654,11 +654,12 @@ def read_rows(path):
         else:
             delimiter = max(",;\t|", key=text.lstrip().partition("\n")[0].count)
             reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-            names = ["_".join(name.lower().split()) for name in next(reader, [])]
-            line = reader.line_num + 1
+            names = []
             for cells in reader:
-                if any(cells):
+                if any(cells) and names:
                     yield line, table_row(names, cells, delimiter)
+                elif any(cells):
+                    names = ["_".join(name.lower().split()) for name in cells]
                 line = reader.line_num + 1
     except (ValueError, RecursionError, csv.Error) as error:
         line += getattr(error, "lineno", 1) - 1  # of a JSON array
@@ -672,21 +673,34 @@ def table_row(names, cells, delimiter):
         raise ValueError(f"two columns have one name: {', '.join(names):.200}")
     if any(cells[len(names) :]):  # such as a title with a comma and without quotes
         raise ValueError(f"{len(cells)} cells for {len(names)} columns")
-    row = dict(zip(names, cells, strict=False))
-    ending = os.path.splitext(row.get("image_path", ""))[1]
-    below = [line for cell in cells for line in cell.split("\n")[1:]]
-    if ending and any(part.endswith(ending) for line in below for part in line.split(delimiter)):
+    texts = [cell for cell in cells if "\n" in cell]
+    parts = [part for text in texts for line in text.split("\n") for part in line.split(delimiter)]
+    if any(part.lower().endswith(image_endings()) and " " not in part for part in parts):
         raise ValueError("a quote that is opened here takes in the rows below")
-    return row
+    return dict(zip(names, cells, strict=False))
+
+
+@functools.cache
+def image_endings():
+    Image.init()
+    return tuple(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+def find_images(folder):
+    """The images below a folder, sorted: links are followed, hidden names passed over."""
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        inner = [name for name in folders if name[0] != "."]
+        folders[:] = [n for n in inner if os.path.realpath(os.path.join(parent, n)) not in seen]
+        images = [name for name in names if name.lower().endswith(image_endings())]
+        found += [Path(parent, name) for name in images if name[0] != "."]
+    return sorted(found)
 
 
 def read_folder(folder):
     """Yield (number, row) of the images below a folder, each one's own folder being its class."""
-    Image.init()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    images = (path for path in paths if path.suffix.lower() in endings and path.name[0] != ".")
-    for number, path in enumerate(sorted(images), 1):
+    for number, path in enumerate(find_images(folder), 1):
         texts, inside = path.with_suffix(".txt"), path.relative_to(folder)
         titles = read_text(texts).splitlines() if texts.exists() else []
         label = inside.parent.name  # "" directly in the folder
@@ -702,7 +716,8 @@ def read_examples(path):
         columns |= dict.fromkeys(row)
         image = row.get("image_path")
         if not isinstance(image, str) or not image.strip():
-            skipped.append((line, "image_path is no text" if image else "no image_path"))
+            is_empty = not image or isinstance(image, str)
+            skipped.append((line, "no image_path" if is_empty else "image_path is no text"))
         elif re.match(r"\s*\w+://", image):
             skipped.append((line, f"an address, download the image first: {image}"))
         else:
@@ -756,13 +771,16 @@ def hold_out(examples):
     hashes = {g: int(hashlib.sha256(f"{SEED} {g}".encode()).hexdigest()[:15], 16) for g in groups}
     share = max(0.05, min(0.2, 100 / len(groups)))
     limit = max(share * 16**15, min(hashes.values()))
+    limit = min(limit, max(hashes.values()) - 1)  # one group at least stays in train
     sides = [], []
     for example, group in zip(examples, groups, strict=True):
         sides[hashes[group] <= limit].append(example)
-    asked, largest = max(1, share * len(groups)), Counter(groups).most_common(1)[0][1]
-    if len(sides[1]) > 2 * asked and largest > asked:
+    asked, [(group, largest)] = max(1, share * len(groups)), Counter(groups).most_common(1)
+    if not sides[1] or (len(sides[1]) > 2 * asked and largest > asked):
         found = f"{len(sides[1])} of {len(groups)} images would be held out for val"
-        sys.exit(f"product_id: {found}. Give each product its own, or leave that column out")
+        shared = f"the product_id {group!r}" if isinstance(group, str) else "equal pixels"
+        found = f"{found}, as {largest} share {shared}. Mend that, or give val a file of its own"
+        sys.exit(f"{JSON_PATH}: train and val need an image each, of different products: {found}")
     return sides
 
 
@@ -812,8 +830,6 @@ def load_splits(resolution):
         pixels["val"] = pixels["train"]
         splits["train"], splits["val"] = hold_out(splits["train"])
         say(f"val   {len(splits['val']):7,} images of train are held out: there is no val file")
-        if not splits["train"]:
-            sys.exit(f"{JSON_PATH}: train and val need an image each, of different products")
     for split in [split for split in splits if split != "train"]:
         say_what_is_odd(split, splits[split], splits["train"])
     return {split: FashionDataset(splits[split], pixels[split], names) for split in splits}
@@ -858,18 +874,18 @@ def load_image(path, resolution):
         image = ImageOps.exif_transpose(image)
     if (image.width > image.height) != (width > height):
         width, height = height, width
-    if image.mode == "F" or (image.mode.startswith("I") and image.getextrema()[1] >= 2**16):
+    image = image.convert("I") if image.mode.startswith("I") else image
+    if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] >= 2**16):
         raise ValueError("floating point or 32 bits a channel, save the image with 8")
-    if image.mode.startswith("I"):  # convert() would clip
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode == "I":  # convert() alone would clip
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    if deep and max(high for _, high in image.convert("RGB").getextrema()) < 16:
+        raise ValueError("less than a sixteenth of 16 bits is used, save the image with 8")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    image = image.convert("RGB")
-    if deep and max(high for _, high in image.getextrema()) < 16:
-        raise ValueError("less than a sixteenth of 16 bits is used, save the image with 8")
     size = [resolution * side // min(width, height) for side in (width, height)]
-    image = image.resize(size, Image.Resampling.BICUBIC)
+    image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     return pil_to_tensor(center_crop(image, resolution)).contiguous()
 
 
@@ -917,13 +933,16 @@ def open_cache(split, paths, resolution):
             facts = status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)
             digest.update(b"%d %d %d" % facts)
     cache_file = f"{CACHE_PATH}/{split}-{resolution}-{digest.hexdigest()[:16]}.u8"
-    missing = LOCAL_RANK == 0 and not os.path.exists(f"{cache_file}.pt")
+    files = cache_file, f"{cache_file}.pt"
+    missing = LOCAL_RANK == 0 and not all(map(os.path.exists, files))
     with ThreadPoolExecutor(1) as thread:  # the first process of each machine decodes
         writing = thread.submit(write_cache, cache_file, paths, resolution) if missing else None
         while all_reduce(torch.tensor(bool(writing) and not writing.done()).int()):
             time.sleep(0.1)  # and all wait for the slowest, whatever an exchange's time-out is
         if writing:
             writing.result()
+    if not all(map(os.path.exists, files)):
+        sys.exit(f"{cache_file} is not there: the first process of this machine says why")
     shape = len(paths), 3, resolution, resolution
     pixels = torch.from_file(cache_file, size=math.prod(shape), dtype=torch.uint8).view(shape)
     return pixels, *torch.load(f"{cache_file}.pt", weights_only=True)
@@ -1204,10 +1223,12 @@ def find_weights(name):
         config = hub_file(repository, "open_clip_config.json")
         check_config(json.loads(Path(config).read_text(encoding="utf-8")))
         return hub_file(repository, file)
-    except OSError as error:  # no such repository or file, or no way to the hub
+    except ValueError:  # of check_config
+        raise
+    except Exception as error:  # no such repository or file, or no way to the hub
         link = f"https://huggingface.co/{repository}/resolve/main/{file}"
-        advice = f'download {link} yourself and set MODEL = "path/to/{file}"'
-        raise OSError(f"{brief(error)}. If it has an open_clip_config.json, {advice}") from None
+        advice = f"open_clip_config.json and {file} are needed; or download {link} yourself and set"
+        raise OSError(f'{brief(error)}. {advice} MODEL = "path/to/{file}"') from None
 
 
 def hub_file(repository, name):
@@ -1306,7 +1327,8 @@ def all_gather(share):
 def note_signal(state, number, _frame):
     """Have the run end after its step; a second Ctrl-C or SIGTERM ends it at once."""
     state.signals.append(number)
-    signal.signal(number, signal.SIG_DFL)  # no Python handler can interrupt an exchange
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)  # no Python handler can interrupt an exchange
 
 
 def stop_if_signalled(state):
@@ -1341,8 +1363,9 @@ def atomic_write(path):
     """A file to write, which on success replaces path at once."""
     of_host = f"{path}.{socket.gethostname()}"
     for stale in glob.glob(f"{glob.escape(of_host)}.*.tmp"):
-        if not psutil.pid_exists(int(stale.split(".")[-2])):  # that run was killed
-            os.remove(stale)
+        with suppress(OSError):
+            if not psutil.pid_exists(int(stale.split(".")[-2])):  # that run was killed
+                os.remove(stale)
     temporary = f"{of_host}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -1367,8 +1390,7 @@ def write_lines(name, rows):
 
 
 def brief(error, limit=300):
-    """An error, or what caused it, in one line."""
-    error = error.__cause__ or error
+    """An error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit].rstrip(".")
 
 
@@ -1410,13 +1432,13 @@ def check_constants():
         elif isinstance(JSON_PATH, str):  # image_path may be absolute
             folders = (os.path.dirname(JSON_PATH), ".")  # a wrong JSON_PATH is named below
             constants["IMAGE_PATH"] = next(filter(os.path.isdir, folders))
-            say(f"IMAGE_PATH is not set: image_path is taken as relative to {IMAGE_PATH}")
+            say(f"IMAGE_PATH is not set: image_path in a table is relative to {IMAGE_PATH}")
     for names, (wanted, is_right) in RULES.items():
         for name in names.split():
             with suppress(Exception):  # of another type
                 if is_right(constants[name]):
                     continue
-            where = f" ({os.path.abspath(constants[name])})" if name.endswith("PATH") else ""
+            where = f" ({os.path.abspath(str(constants[name]))})" if name.endswith("PATH") else ""
             sys.exit(f"{name} is {constants[name]!r}{where}; it must be {wanted}")
 
 

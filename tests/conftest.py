@@ -111,6 +111,21 @@ def toy_dataset(labels, captions, pixels=None, class_names=None):
     return ic.FashionDataset(examples, pixels, class_names or sorted(set(labels) - {""}))
 
 
+def mixed_dataset(count=36):
+    """Random images of five classes: two thirds lack a title, and a sixth a class."""
+    captions = [() if i % 3 else f"title {i % 7}" for i in range(count)]
+    labels = ["vwxyz"[i % 5] if i % 6 else "" for i in range(count)]
+    return toy_dataset(labels, captions, make_batch(count).pixels)
+
+
+def frozen(model, tower):
+    """The same model, which does not train its tower of "images" or that of "texts"."""
+    for name, parameter in model.named_parameters():
+        of_images = name.startswith("visual.")
+        parameter.requires_grad_(name == "logit_scale" or of_images == (tower == "texts"))
+    return model
+
+
 def relative(one, other):
     return ((one - other).norm() / other.norm().clamp(min=1e-12)).item()
 

@@ -7,7 +7,7 @@ import clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_state, toy_dataset, weights
+from conftest import make_batch, make_state, mixed_dataset, toy_dataset
 
 import indofashion_clip as ic
 
@@ -70,71 +70,98 @@ def test_perfect_features_of_five_captions_an_image_score_1():
     assert set(ic.retrieval_recall(images, captions, pairs).values()) == {1.0}
 
 
+def losses_by_hand(data, images, texts, scale, batch_size):
+    """{"loss", "caption_loss", "class_loss"}: image by image, among those of its batch."""
+    caption_losses, class_losses = [], []
+    for rows in ic.shuffled(len(data)).split(batch_size):
+        titled = [i for i in rows.tolist() if data.titled[i]]
+        pairs = scale * images[titled] @ texts[data.first_texts[titled]].T
+        caption_losses += (-(pairs.log_softmax(1) + pairs.log_softmax(0)).diagonal() / 2).tolist()
+        classes = sorted({data.labels[i].item() for i in rows} - {-1})
+        for i in rows[data.labels[rows] >= 0].tolist():
+            logits = scale * images[i] @ texts[data.prompts[classes, 0]].T
+            class_losses.append(-logits.log_softmax(0)[classes.index(data.labels[i])].item())
+    caption_loss, class_loss = (sum(x) / len(x) for x in (caption_losses, class_losses))
+    whole = caption_loss + ic.CLASS_WEIGHT * class_loss
+    return {"loss": whole, "caption_loss": caption_loss, "class_loss": class_loss}
+
+
+@pytest.mark.parametrize("data", [DATA, mixed_dataset(31)], ids=["whole", "mixed"])
+def test_the_losses_are_means_over_the_images_in_batches_of_training_size(
+    encoders, monkeypatch, data
+):
+    monkeypatch.setattr(ic, "CLASS_WEIGHT", 0.7)
+    state, images, texts = make_state(chunk=7), look(0, 0, data.pixels), read(0, 0, data.tokens)
+    metrics, _ = ic.evaluate(state, data)
+    expected = losses_by_hand(data, images, texts, state.model.logit_scale.exp().item(), 8)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_metrics_are_as_counted_by_hand(encoders):
-    state, labels = make_state(batch_size=24, chunk=7), DATA.labels.tolist()
-    metrics, predicted, images, texts = ic.evaluate(state, DATA)
-    assert torch.equal(images, look(0, 0, DATA.pixels))
-    assert torch.equal(texts, read(0, 0, clip.tokenize([f"title {i}" for i in range(17)])))
+    state, labels, images = make_state(chunk=7), DATA.labels.tolist(), look(0, 0, DATA.pixels)
+    metrics, view = ic.evaluate(state, DATA)
     prompts = [read(0, 0, clip.tokenize(ic.class_prompts(name))).mean(0) for name in CLASSES]
     guesses = (images @ F.normalize(torch.stack(prompts), dim=-1).T).argmax(1).tolist()
-    assert predicted.tolist() == guesses
+    assert view["predicted"].tolist() == guesses
     pairs = list(zip(labels, guesses, strict=True))
     right = [pairs.count((i, i)) for i in range(4)]
     f1 = [2 * right[i] / (labels.count(i) + guesses.count(i)) for i in (1, 2, 3)]  # with images
-    loss = ic.clip_loss(images, texts[DATA.text_ids], state.model.logit_scale).item()
-    found = {"loss": loss, "accuracy": sum(right) / 24, "macro_f1": sum(f1) / 3}
-    found |= ic.retrieval_recall(images, texts, DATA.pairs)
+    found = {"accuracy": sum(right) / 24, "macro_f1": sum(f1) / 3}
+    captions = read(0, 0, clip.tokenize([f"title {i}" for i in range(17)]))
+    pairs = torch.tensor([(i, i % 17) for i in range(24)])
+    found |= ic.retrieval_recall(images, captions, pairs)
     assert 0 in guesses and found == pytest.approx({name: metrics[name] for name in found})
 
 
+def test_the_images_found_are_the_nearest_to_each_query(encoders):
+    _, view = ic.evaluate(make_state(), DATA)
+    queries = read(0, 0, clip.tokenize(list(DATA.queries.values())))
+    similarity = (queries @ look(0, 0, DATA.pixels).T).tolist()
+    nearest = [sorted(range(24), key=lambda i: -row[i])[:5] for row in similarity]
+    assert len(nearest) == 8 and view["found"].tolist() == nearest
+
+
 def test_what_a_split_lacks_is_not_measured(encoders):
-    pixels = make_batch(9).pixels
-    without_titles = ic.evaluate(make_state(), toy_dataset("xyzxyzxyz", [()] * 9, pixels)).metrics
-    without_classes = toy_dataset([""] * 9, [f"title {i}" for i in range(9)], pixels)
-    without_classes = ic.evaluate(make_state(), without_classes).metrics
-    always = {"loss", "seconds", "pairs_per_second"}
-    assert without_titles.keys() == always | {"accuracy", "macro_f1"}
+    pixels, titles = make_batch(9).pixels, [f"title {i}" for i in range(9)]
+    always, scores = {"loss", "seconds", "pairs_per_second"}, {"accuracy", "macro_f1"}
     recalls = {f"{way}_r{k}" for way in ic.DIRECTIONS for k in (1, 5, 10)}
-    assert without_classes.keys() == always | recalls
+    metrics, view = ic.evaluate(make_state(), toy_dataset("xyzxyzxyz", [()] * 9, pixels))
+    assert metrics.keys() == always | scores and view.keys() == {"predicted"}
+    metrics, view = ic.evaluate(make_state(), toy_dataset([""] * 9, titles, pixels))
+    assert metrics.keys() == always | recalls and view.keys() == {"found"}
+    metrics, view = ic.evaluate(make_state(), toy_dataset("xyzxyzxyz", titles, pixels))
+    assert metrics.keys() == always | scores | recalls | {"caption_loss", "class_loss"}
 
 
 def test_of_images_with_and_without_a_class_those_with_one_are_classified(encoders):
-    pixels = make_batch(9).pixels
-    some = toy_dataset([*"xyzxyz", "", "", ""], [f"title {i}" for i in range(9)], pixels)
-    metrics, predicted, *_ = ic.evaluate(make_state(), some)
-    right = (predicted[:6] == torch.tensor([0, 1, 2, 0, 1, 2])).double().mean().item()
-    assert metrics["accuracy"] == pytest.approx(right) and len(predicted) == 9
+    titles = [f"title {i}" for i in range(9)]
+    some = toy_dataset([*"xyzxyz", "", "", ""], titles, make_batch(9).pixels)
+    metrics, view = ic.evaluate(make_state(), some)
+    right = (view["predicted"][:6] == torch.tensor([0, 1, 2, 0, 1, 2])).double().mean().item()
+    assert metrics["accuracy"] == pytest.approx(right) and len(view["predicted"]) == 9
 
 
 def test_twenty_thousand_classes_take_no_table_of_all_by_all(monkeypatch):
-    drawn, count = [], 20_000
-    monkeypatch.setattr(ic, "save_figure", lambda name, figure: drawn.append(figure))
-    labels = torch.arange(count).repeat_interleave(2)[1:]
+    monkeypatch.setattr(ic, "save_figure", drawn := Mock())
+    labels = torch.arange(20_000).repeat_interleave(2)[1:]
     predicted = labels.roll(1)
-    scores = ic.classification_scores(labels, predicted, count)
-    assert scores["accuracy"] == pytest.approx((count - 1) / len(labels))
-    data = Mock(labels=labels, class_names=[f"class {i}" for i in range(count)])
-    ic.draw_confusion(data, [ic.Evaluation(scores, predicted, None, None)] * 2)
-    assert drawn[0].axes[0].images[0].get_array().shape == (60, 60)
+    scores = ic.classification_scores(labels, predicted, 20_000)
+    assert scores["accuracy"] == pytest.approx(19_999 / len(labels))
+    data = Mock(labels=labels, class_names=[f"class {i}" for i in range(20_000)])
+    ic.draw_confusion(data, dict.fromkeys(("before", "after"), {"predicted": predicted}))
+    assert not drawn.called
 
 
-def test_the_loss_is_the_mean_over_images_in_batches_of_training_size(encoders):
-    alike = make_data(make_batch(1).pixels.expand(10, -1, -1, -1), ["one title"] * 10)
-    loss = ic.evaluate(make_state(batch_size=4), alike).metrics["loss"]
-    assert loss == pytest.approx((8 * math.log(4) + 2 * math.log(2)) / 10)
-
-
-@pytest.mark.parametrize("epoch", [1, 2])
-def test_a_signal_between_batches_ends_it_saved(encoders, tmp_path, monkeypatch, epoch):
-    monkeypatch.setattr(ic, "OUTPUT_PATH", str(tmp_path))
-    monkeypatch.setattr(ic, "NUM_EPOCHS", 1)
-    monkeypatch.setattr(ic, "encode_images", spy := Mock(wraps=look))
-    alike = make_data(torch.zeros(600, 3, 64, 64, dtype=torch.uint8), ["one title"] * 600)
-    with pytest.raises(SystemExit) as stop:
-        ic.evaluate(make_state(chunk=999, signals=[15], epoch=epoch), alike)
-    assert stop.value.code == 143 and spy.call_count == 1
-    saved = tmp_path / "last.pt"  # not after training: other weights are evaluated then
-    assert weights(saved)["epoch"] == 1 if epoch == 1 else not saved.exists()
+@pytest.mark.parametrize(
+    "precision, advice",
+    [(torch.float16, "float16: half precision overflows"), (torch.float32, "float32: lower LR")],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_in_a_line(monkeypatch, precision, advice):
+    monkeypatch.setattr(ic, "encode_images", lambda *inputs: look(*inputs) * math.inf)
+    monkeypatch.setattr(ic, "encode_texts", read)
+    with pytest.raises(SystemExit, match=f"the loss is not finite in {advice}") as stop:
+        ic.evaluate(make_state(precision=precision), DATA)
+    assert "\n" not in str(stop.value)
 
 
 @pytest.mark.parametrize("names", [("accuracy",), ("image_to_text_r5", "text_to_image_r5")])

@@ -56,3 +56,10 @@ def test_precision_on_a_cpu_follows_its_instructions(monkeypatch, amx, avx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
     assert ic.choose_precision(CPU) == (torch.bfloat16 if amx or avx else torch.float32)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_on_a_gpu_is_a_half_one_and_bfloat16_only_where_it_is_native(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
+    found = ic.choose_precision(torch.device("cuda"))
+    assert found == (torch.bfloat16 if native else torch.float16)

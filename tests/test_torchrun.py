@@ -3,63 +3,88 @@
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import (
+    CPU,
     ROOT,
+    frozen,
     gradients,
     launch,
-    make_batch,
     make_dataset,
     make_state,
+    mixed_dataset,
     quick,
     read_metrics,
     relative,
     run_driver,
+    textbook_step,
     tiny_model,
 )
 
 import indofashion_clip as ic
 
+TOWERS = "neither", "images", "texts"  # one of them may be frozen
+DRIVER = f"""
+    import sys, torch
+    sys.path.insert(0, {str(ROOT / "tests")!r})
+    import test_torchrun
+    ic.prepare_machine()
+    torch.cpu._is_amx_tile_supported = lambda: ic.RANK > 0  # the first lacks bfloat16
+    torch.cpu._is_avx512_bf16_supported = lambda: False
+    torch.cuda.is_bf16_supported = lambda including_emulation: ic.RANK > 0
+    kinds = "cpu", "cuda", "cuda" if ic.RANK else "cpu", "cpu" if ic.RANK else "cuda"
+    precisions = [str(ic.choose_precision(torch.device(kind))) for kind in kinds]
+    steps = [test_torchrun.shared_steps(tower) for tower in test_torchrun.TOWERS]
+    if ic.RANK == 0:
+        torch.save((precisions, steps), "found.pt")
+    """
+
 
 # ---- Steps ----
-def three_steps():
-    """The loss and the gradients of this process's share of three batches, at the first weights."""
-    state, found = make_state(chunk=3), []
-    state.optimizer.step = lambda: found.append(gradients(state.model))
-    for number in range(3):
-        whole = make_batch(12, number)
-        rows = torch.arange(12).chunk(ic.WORLD_SIZE)[ic.RANK]
-        ids, inverse = whole.inverse[rows].unique(return_inverse=True)
-        pictures = {"pixels": whole.pixels[rows], "draws": whole.draws[rows]}
-        share = whole._replace(tokens=whole.tokens[ids], inverse=inverse, **pictures)
-        loss = ic.train_step(state, share)
-        found[-1]["loss"] = loss
+def model_without(tower):
+    return tiny_model() if tower == "neither" else frozen(tiny_model(), tower)
+
+
+def shared_steps(tower):
+    """The losses and gradients of an epoch's steps, of which this process takes its share."""
+    scaler, found = torch.amp.GradScaler("cpu", init_scale=1024.0), []
+    how = {"chunk": 3, "scaler": scaler, "precision": ic.choose_precision(CPU)}
+    state = make_state(model_without(tower), **how)
+    state.optimizer.step = lambda: found.append(gradients(state.model))  # the weights stay
+    for batch in ic.epoch_batches(mixed_dataset(), 1, 12):
+        losses = ic.train_step(state, batch)
+        found[-1]["losses"] = losses
     return found
 
 
-def test_steps_of_three_processes_are_those_of_one(tmp_path):
-    lines = f"""
-        import sys, torch
-        sys.path.insert(0, {str(ROOT / "tests")!r})
-        from test_torchrun import three_steps
-        ic.prepare_machine()
-        steps = three_steps()
-        if ic.RANK == 0:
-            torch.save(steps, "steps.pt")
-    """
-    run_driver(tmp_path, lines, {}, processes=3)
-    steps = torch.load(tmp_path / "steps.pt", weights_only=True)
-    for one, several in zip(three_steps(), steps, strict=True):
-        assert one.keys() == several.keys()
-        assert max(relative(several[name], one[name]) for name in one) <= 1e-5
+@pytest.mark.parametrize("processes", [2, 3])
+def test_steps_of_processes_of_different_precision_are_the_textbooks(
+    tmp_path, monkeypatch, processes
+):
+    """Shares of a batch differ: one has no title, and the classes are not a multiple of them."""
+    monkeypatch.setattr(ic, "CLASS_WEIGHT", 0.7)
+    constants = {"CLASS_WEIGHT": 0.7, "MAX_GRAD_NORM": 1e9}
+    run_driver(tmp_path, DRIVER, constants, processes=processes)
+    precisions, steps = torch.load(tmp_path / "found.pt", weights_only=True)
+    least = ("float32", "float16", "float32", "float16")  # a new CPU, or GPU, has bfloat16
+    assert precisions == [f"torch.{name}" for name in least]
+    batches = list(ic.epoch_batches(mixed_dataset(), 1, 12))
+    titled = [len(set((b.parts.titled * processes // 12).tolist())) for b in batches]
+    assert processes == 2 or min(titled) < processes
+    assert any(batch.num_classes % processes for batch in batches)
+    for tower, shared in zip(TOWERS, steps, strict=True):
+        for batch, found in zip(batches, shared, strict=True):
+            losses, expected = textbook_step(model_without(tower), batch)
+            expected["losses"] = losses
+            assert found.keys() == expected.keys()
+            assert max(relative(found[name], expected[name]) for name in expected) <= 1e-5
 
 
 # ---- Runs ----
 def test_two_machines_of_two_processes_are_as_one_process(tmp_path):
-    """They share a folder: one of the four decodes each split while the others wait."""
+    """They share a folder: only the first of a machine decodes a split, while the others wait."""
     constants = quick(make_dataset(tmp_path / "data", train=25, val=7), CHUNK_SIZE=3)
     lines = """
         import os, time, torch
@@ -89,26 +114,10 @@ def test_two_machines_of_two_processes_are_as_one_process(tmp_path):
     for one, four in zip(by_one, by_four, strict=True):
         assert four == one | {k: pytest.approx(v, rel=1e-3) for k, v in one.items() if "loss" in k}
     assert not list(tmp_path.rglob("*.tmp"))
-    assert output.count("DECODED") == 3
+    assert 3 <= output.count("DECODED") <= 6
 
 
-def test_more_processes_than_pairs_end_with_a_line(monkeypatch):
+def test_more_processes_than_images_end_with_a_line(monkeypatch):
     monkeypatch.setattr(ic, "WORLD_SIZE", 2)
     with pytest.raises(SystemExit, match="2 processes cannot share a batch of 1: start fewer"):
-        ic.new_state(tiny_model(), {"train": ["a pair"]})
-
-
-@pytest.mark.parametrize(
-    "error, expected, words",
-    [
-        (RuntimeError("closed by peer"), SystemExit, "cannot reach the other processes.*by peer"),
-        (torch.OutOfMemoryError("simulated"), torch.OutOfMemoryError, "simulated"),
-    ],
-)
-def test_a_process_whose_fellow_has_ended_says_so_in_a_line(monkeypatch, error, expected, words):
-    """Running out of memory, which is a RuntimeError too, is not mistaken for it."""
-    monkeypatch.setattr(ic, "WORLD_SIZE", 2)
-    monkeypatch.setattr(ic.dist, "all_reduce", Mock(side_effect=error))
-    with pytest.raises(expected, match=words) as stop:
-        ic.all_reduce(torch.zeros(1))
-    assert "\n" not in str(stop.value)
+        ic.new_state(tiny_model(), {"train": ["an image"]})

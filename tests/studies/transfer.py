@@ -68,10 +68,9 @@ plain_examples = read_examples
 def read_examples(path):
     examples, *rest = plain_examples(path)
     if "train" in str(path):
-        few = [e if zlib.crc32(e.image_path.encode()) % 10 == 0 else e._replace(LESS) for e in examples]
-        examples = few
+        kept = [hashlib.sha256(e.image_path.encode()).digest()[0] < 26 for e in examples]
+        examples = [e if full else e._replace(LESS) for e, full in zip(examples, kept)]
     return examples, *rest
-import zlib
 """
 FEW_LABELS = FEW.replace("LESS", "class_name=''")
 FEW_TITLES = FEW.replace("LESS", "captions=()")
@@ -168,7 +167,9 @@ def main():
         done = {name: [one.result() for one in seeds] for name, seeds in asked.items()}
     table = {name: [seed[1] for seed in seeds] for name, seeds in done.items()}
     curves = {"mix": {f"{s:.0%} tuned": [seed[s] for seed in done["as it is"]] for s in MIX}}
-    curves |= {kind: {n: table[n] for n in table if n.startswith(kind)} for kind in ("LR", "class weight")}
+    curves |= {
+        kind: {n: table[n] for n in table if n.startswith(kind)} for kind in ("LR", "class weight")
+    }
     table |= curves["mix"]
     tables = {}
     for split in ("val", "test", "first"):
