@@ -26,7 +26,6 @@ import io
 import json
 import math
 import os
-import posixpath
 import re
 import shutil
 import signal
@@ -305,10 +304,12 @@ def in_chunks(state, encode, rows):
 
 
 def gather(own):
-    """[b, D] of this process → [B, D] of all, where the others' features are constants."""
-    if WORLD_SIZE == 1:
-        return own
-    return all_gather(own.detach()).slice_scatter(own, 0, RANK * len(own), (RANK + 1) * len(own))
+    """[b, D] of this process → [B, D] of all, by rank, where the others' features are constants."""
+    shares = own.new_zeros(WORLD_SIZE, *own.shape)
+    shares[RANK] = own.detach()
+    shares = list(all_reduce(shares))  # a sum with zeros, which any backend knows
+    shares[RANK] = own
+    return torch.cat(shares)
 
 
 def forward_backward(state, batch):
@@ -584,8 +585,7 @@ def evaluate(state, dataset):
         captions, columns = captions.unique(return_inverse=True)
         pairs = torch.stack([images, columns], 1)
         metrics |= retrieval_recall(image_features, text_features[captions], pairs)
-        queries = text_features[list(dataset.queries)]
-        view["found"] = top_k(queries, image_features, 5).cpu()
+        view["found"] = top_k(text_features[list(dataset.queries)], image_features, 5).cpu()
     seconds = time.perf_counter() - begin
     return metrics | {"seconds": seconds, "pairs_per_second": count / seconds}, view
 
@@ -722,7 +722,7 @@ def read_examples(path):
             skipped.append((line, f"an address, download the image first: {image}"))
         else:
             texts = read_titles(row.get("product_title")), read_names(row.get("class_label"))
-            image = posixpath.normpath(image.strip().replace("\\", "/"))
+            image = os.path.normpath(image.strip().replace("\\", "/"))
             rows_of.setdefault(image, []).append((line, *texts, clean(row.get("product_id"))))
     examples = []
     for image, rows in rows_of.items():
@@ -1092,8 +1092,8 @@ def bytes_kept(model, precision, dataset, count):
     pixels, tokens = dataset[shuffled(len(dataset))[:count]]
     tokens = torch.cat([tokens, dataset.tokens[dataset.prompts[:count, 0]]])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        alive = [encode_images(model, precision, pixels)]  # so that no address is used twice
-        alive.append(encode_texts(model, precision, tokens))
+        # Both are alive at once, so that no address is used twice.
+        _ = encode_images(model, precision, pixels), encode_texts(model, precision, tokens)
     return sum(sizes.values())
 
 
@@ -1223,7 +1223,7 @@ def find_weights(name):
         config = hub_file(repository, "open_clip_config.json")
         check_config(json.loads(Path(config).read_text(encoding="utf-8")))
         return hub_file(repository, file)
-    except ValueError:  # of check_config
+    except ValueError:  # another form, which no download mends
         raise
     except Exception as error:  # no such repository or file, or no way to the hub
         link = f"https://huggingface.co/{repository}/resolve/main/{file}"
@@ -1286,16 +1286,16 @@ def prepare_machine():
         with suppress(AttributeError):  # a notebook's own
             # Windows' code pages lack most letters; a pipe, or a log, should show lines at once.
             stream.reconfigure(errors="replace", line_buffering=True)
-    cuda = torch.cuda.is_available()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if not cuda and not hidden and shutil.which("nvidia-smi"):
-        say("THE GPU IS NOT USED: this torch finds none. See Troubleshooting in the README")
-    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
-    if cuda:
+    device, hidden = torch.device("cpu"), os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # re-plans for every length of captions
+    elif shutil.which("nvidia-smi") and not hidden:
+        say("THE GPU IS NOT USED: this torch finds none. See Troubleshooting in the README")
     if WORLD_SIZE > 1:
-        backend = "cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo"
+        with_nccl = device.type == "cuda" and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if with_nccl else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
         all_reduce(torch.zeros(1, device=device))  # NCCL takes its memory now, not at the peak
     return device
@@ -1315,13 +1315,6 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor, operation)
     return tensor
-
-
-def all_gather(share):
-    """[b, …] of each process → [B, …] of all, by rank: a sum with zeros works on any backend."""
-    shares = share.new_zeros(WORLD_SIZE, *share.shape)
-    shares[RANK] = share
-    return all_reduce(shares).flatten(0, 1)
 
 
 def note_signal(state, number, _frame):
@@ -1394,23 +1387,19 @@ def brief(error, limit=300):
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit].rstrip(".")
 
 
-def is_whole(value, least):
-    return type(value) is int and value >= least
-
-
 RULES = {  # constants: (what each must be, whether it is); the last two make folders
     "IMAGE_PATH": ("a folder that exists", os.path.isdir),
     "JSON_PATH": ("something that exists", lambda v: os.path.exists(v.replace("{split}", "train"))),
     "MODEL": ("text in quotes", lambda v: isinstance(v, str)),
-    "BATCH_SIZE": ("a whole number from 2 on", lambda v: is_whole(v, 2)),
-    "NUM_EPOCHS": ("a whole number from 0 on", lambda v: is_whole(v, 0)),
+    "BATCH_SIZE": ("a whole number from 2 on", lambda v: type(v) is int and v >= 2),
+    "NUM_EPOCHS": ("a whole number from 0 on", lambda v: type(v) is int and v >= 0),
     "LR MAX_GRAD_NORM": ("a number above 0", lambda v: v > 0),
     "WARMUP": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
     "CLASS_WEIGHT": ("a number from 0 on", lambda v: 0 <= v < math.inf),
-    "SEED": ("a whole number from 0 to 2**31", lambda v: is_whole(v, 0) and v <= 2**31),
+    "SEED": ("a whole number from 0 to 2**31", lambda v: type(v) is int and 0 <= v <= 2**31),
     "PROMPTS": ("texts with {} in each", lambda v: v and all(text.count("{}") for text in v)),
     "CLASS_NAMES": ("a dictionary of texts", lambda v: all(text.strip() for text in v.values())),
-    "CHUNK_SIZE": ("None or a whole number", lambda v: v is None or is_whole(v, 1)),
+    "CHUNK_SIZE": ("None or a whole number", lambda v: v is None or type(v) is int and v >= 1),
     "OUTPUT_PATH CACHE_PATH": ("a folder", lambda v: v and not os.makedirs(v, exist_ok=True)),
 }
 
@@ -1425,9 +1414,8 @@ def check_constants():
             constants[name] = os.path.expanduser(constants[name])
     if IMAGE_PATH == "data/indo-fashion" and not os.path.isdir(IMAGE_PATH):
         if JSON_PATH == "data/indo-fashion/{split}_data.json":
-            say("IndoFashion is not in data/indo-fashion. To get it, see data/README.md or")
-            say("www.kaggle.com/datasets/validmodel/indo-fashion-dataset. Running the bundled")
-            say("sample, whose constants are those in SAMPLE_RUN.")
+            say("IndoFashion is not in data/indo-fashion; data/README.md tells how to get it from")
+            say("kaggle.com. Running the bundled sample, whose constants are those in SAMPLE_RUN.")
             constants.update(SAMPLE_RUN)
         elif isinstance(JSON_PATH, str):  # image_path may be absolute
             folders = (os.path.dirname(JSON_PATH), ".")  # a wrong JSON_PATH is named below
