@@ -439,7 +439,8 @@ def train(state, splits):
     with progress("training", NUM_EPOCHS * images, done) as bar:
         while state.epoch <= NUM_EPOCHS:
             trained = train_epoch(state, splits["train"], bar) if state.epoch > 0 else {}
-            save_run(state)
+            if trained:
+                save_run(state)
             metrics, view = evaluate(state, splits["val"])
             log(state, "val", state.epoch, metrics | trained)
             state.views.setdefault("before", view)
@@ -954,9 +955,14 @@ def tokenize(texts):
 
     Texts are the same if CLIP reads the same tokens, whatever their capitals or what it cuts off.
     """
-    parts = (texts[start : start + 10_000] for start in range(0, len(texts), 10_000))
-    tokens = torch.cat([clip.tokenize(part, truncate=True).int() for part in parts])
-    return tokens.unique(dim=0, return_inverse=True)
+    tokens, keys = torch.zeros(len(texts), 77, dtype=torch.int32), torch.zeros(len(texts)).long()
+    mix = torch.randint(2**62, (77,), generator=torch.Generator().manual_seed(0))
+    for start in range(0, len(texts), 10_000):
+        part = slice(start, start + 10_000)
+        tokens[part] = clip.tokenize(texts[part], truncate=True)
+        keys[part] = (tokens[part] * mix).sum(1)  # 64 bits tell rows apart faster than sorting them
+    distinct, rows = keys.unique(return_inverse=True)
+    return tokens[: len(distinct)].clone().index_copy_(0, rows, tokens), rows
 
 
 class FashionDataset(Dataset):
