@@ -83,7 +83,7 @@ MAX_GRAD_NORM = 1.0  # the gradient's norm is clipped to it: one odd batch does 
 CLASS_WEIGHT = 1.0  # of the class loss beside the caption loss; 0 learns captions only
 SEED = 0  # the same seed gives the same order, captions and, on a CPU, weights
 
-PROMPTS = ("a photo of a {}", "a product photo of a {}", "a {} for sale")  # averaged
+PROMPTS = ("a photo of a {}", "a product photo of a {}", "a {} for sale")  # a step takes one
 CLASS_NAMES = {  # better words than the label's own, with _ read as a space
     "dhoti_pants": "pair of dhoti pants",
     "dupattas": "dupatta",
@@ -120,7 +120,7 @@ LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 # ---- Model ---------------------------------------------------------------------------------------
 PIXEL_MEAN = [0.48145466, 0.4578275, 0.40821073]
 PIXEL_STD = [0.26862954, 0.26130258, 0.27577711]
-PRECISIONS = torch.float32, torch.float16, torch.bfloat16  # the least first
+PRECISIONS = torch.float32, torch.float16, torch.bfloat16  # processes agree on the first of theirs
 
 
 def load_clip(name):
@@ -149,9 +149,10 @@ def choose_precision(device):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    own = 2 if native else int(device.type == "cuda")
-    # The least that all have: in a sum, scaled gradients would drown those that are not scaled.
-    return PRECISIONS[int(all_reduce(torch.tensor(own), dist.ReduceOp.MIN))]
+    other = torch.float16 if device.type == "cuda" else torch.float32
+    own = torch.tensor(PRECISIONS.index(torch.bfloat16 if native else other))
+    # All take the least: float16's gradients are scaled and would drown others in a sum.
+    return PRECISIONS[int(all_reduce(own, dist.ReduceOp.MIN))]
 
 
 def to_device(tensor, device):
@@ -179,8 +180,8 @@ def run_blocks(transformer, tokens, attend, kept):
     """CLIP's residual attention blocks on packed tokens [T, width] → the rows `kept` of the result.
 
     attend: queries, keys and values [T, 3 · width] → [T, width]. The last block computes only the
-    kept rows. QuickGELU, h · sigmoid(1.702 h), is silu(1.702 h) / 1.702; both factors go into
-    weights, which have fewer elements than the activations.
+    kept rows. QuickGELU, h · sigmoid(1.702 h), is silu(1.702 h) / 1.702: ln_2 and the first bias
+    take the first factor, the last weight the other; they have fewer elements than the activations.
     """
     for block in transformer.resblocks:
         attn, ln_2, mlp = block.attn, block.ln_2, block.mlp
@@ -255,8 +256,8 @@ def clip_loss(image_features, text_features, logit_scale):
     """Symmetric contrastive loss of B pairs, a scalar (the CLIP paper, arXiv 2103.00020, figure 3).
 
     image_features, text_features: float32 [B, D] of length 1; logit_scale: the log of the inverse
-    temperature. Pairs of one caption need no soft targets: as their text features are equal, loss
-    and gradients are those of targets shared equally among them.
+    temperature. Pairs of one caption need no soft targets: as their text features are equal, the
+    softmax's loss and gradients are those of targets shared equally among them.
     """
     logits_per_image = logit_scale.exp() * image_features @ text_features.T  # [B, B]
     targets = torch.arange(len(logits_per_image), device=logits_per_image.device)
@@ -276,10 +277,10 @@ def batch_losses(image_features, text_features, prompt_features, parts, logit_sc
     """The caption loss of the titled images and the class loss of the labelled ones, float32 [2].
 
     Features: float32 of B images [B, D], their texts [B, D] and the batch's classes [K, D], all of
-    length 1. Each loss is a mean over its images, 0 where there are none. Among the captions a
-    class prompt would be a wrong answer to each titled image of its class: so it has its own loss.
+    length 1. Each loss is a mean over its images, 0 where there are none. Prompts are not added to
+    the captions, where they would be negatives of the titled images of their own class.
     """
-    titled, classes = (to_device(part, image_features.device) for part in parts[:2])
+    titled, classes = (to_device(t, image_features.device) for t in (parts.titled, parts.classes))
     caption_loss = class_loss = 0 * logit_scale
     if parts.counts[0]:
         pairs = image_features.index_select(0, titled), text_features.index_select(0, titled)
@@ -331,7 +332,9 @@ def train_step(state, batch):
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     losses = forward_backward(state, batch)
     if WORLD_SIZE > 1:  # in one exchange; the activations, which took more memory, are gone
-        model.logit_scale.grad /= WORLD_SIZE  # the loss's own: each process has all of it already
+        if model.logit_scale.grad is not None:
+            # A parameter of the loss itself has its whole gradient on each process already.
+            model.logit_scale.grad /= WORLD_SIZE
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         total = all_reduce(torch.nn.utils.parameters_to_vector(gradients))
         torch.nn.utils.vector_to_parameters(total, gradients)
@@ -401,14 +404,14 @@ def train_epoch(state, dataset, bar):
     first, begin = state.step, time.perf_counter()
     last_save, state.totals = begin, state.totals.to(state.model.mean.device)
     for batch in epoch_batches(dataset, state.epoch, state.batch_size, first):
-        step = (state.epoch - 1) * state.steps_per_epoch + state.step
+        step_of_run = (state.epoch - 1) * state.steps_per_epoch + state.step
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(step, NUM_EPOCHS * state.steps_per_epoch)
+            group["lr"] = learning_rate(step_of_run, NUM_EPOCHS * state.steps_per_epoch)
         losses = train_step(state, batch)
         totals = total_losses(losses, batch.parts)
         state.totals += torch.where(losses.isfinite(), totals, 0)  # the scaler skips such a step
         state.step += 1
-        if step % 20 == 0:
+        if step_of_run % 20 == 0:
             bar.set_postfix_str(f"loss {check_finite(state)['loss']:.3f}", refresh=False)
         bar.update(state.batch_size)
         if time.perf_counter() > last_save + 600:
@@ -417,7 +420,7 @@ def train_epoch(state, dataset, bar):
         stop_if_signalled(state)
     metrics = {f"train_{name}": loss for name, loss in check_finite(state).items()}
     images, seconds = (state.step - first) * state.batch_size, time.perf_counter() - begin
-    return metrics | {"train_pairs_per_second": images / max(seconds, 1e-9)}
+    return metrics | ({"train_pairs_per_second": images / seconds} if images else {})
 
 
 def check_finite(state):
@@ -433,7 +436,7 @@ def train(state, splits):
     """Evaluate, then train and evaluate epoch by epoch, keeping the best weights and the last."""
     columns = "epoch split    loss accuracy macro-F1 image→text R@1, 5, 10 text→image R@1, 5, 10"
     say(f"\n{columns}   pairs/s")
-    save_best(state)  # the run may have been killed between last.pt and best.pt
+    save_best(state)  # last.pt is written first: the run may have been killed before best.pt
     images = state.steps_per_epoch * state.batch_size
     done = max(0, state.epoch - 1) * images + state.step * state.batch_size
     with progress("training", NUM_EPOCHS * images, done) as bar:
@@ -449,6 +452,7 @@ def train(state, splits):
             state.epoch, state.step, state.totals = state.epoch + 1, 0, torch.zeros(2, 2)
             save_run(state)
             save_best(state)
+            stop_if_signalled(state)
 
 
 def save_best(state):
@@ -766,7 +770,7 @@ def hold_out(examples):
     """→ (the examples of train, those held out for val: of the groups whose hash with SEED is low).
 
     A group is the images of a product_id or, without one, of equal pixels. The threshold only falls
-    as images are added: none that was trained on enters val later.
+    as images are added to more than a few: none that was trained on enters val later.
     """
     groups = [example.product or example.digest for example in examples]
     hashes = {g: int(hashlib.sha256(f"{SEED} {g}".encode()).hexdigest()[:15], 16) for g in groups}
@@ -776,7 +780,7 @@ def hold_out(examples):
     sides = [], []
     for example, group in zip(examples, groups, strict=True):
         sides[hashes[group] <= limit].append(example)
-    asked, [(group, largest)] = max(1, share * len(groups)), Counter(groups).most_common(1)
+    [(group, largest)], asked = Counter(groups).most_common(1), max(1, share * len(groups))
     if not sides[1] or (len(sides[1]) > 2 * asked and largest > asked):
         found = f"{len(sides[1])} of {len(groups)} images would be held out for val"
         shared = f"the product_id {group!r}" if isinstance(group, str) else "equal pixels"
@@ -960,7 +964,7 @@ def tokenize(texts):
     for start in range(0, len(texts), 10_000):
         part = slice(start, start + 10_000)
         tokens[part] = clip.tokenize(texts[part], truncate=True)
-        keys[part] = (tokens[part] * mix).sum(1)  # 64 bits tell rows apart faster than sorting them
+        keys[part] = (tokens[part] * mix).sum(1)  # 64 bits, which sort faster than rows
     distinct, rows = keys.unique(return_inverse=True)
     return tokens[: len(distinct)].clone().index_copy_(0, rows, tokens), rows
 
@@ -1061,7 +1065,7 @@ def load_ahead(load, parts):
 
 
 # ---- The run: fingerprint, memory, saving and going on -------------------------------------------
-# All that change the weights; resuming refuses a change. BATCH_SIZE has its own entry.
+# The constants that change the weights: resuming refuses other values. BATCH_SIZE is apart.
 HYPERPARAMETERS = ("MODEL", "NUM_EPOCHS", "LR", "WARMUP", "MAX_GRAD_NORM", "CLASS_WEIGHT", "SEED")
 HYPERPARAMETERS += ("PROMPTS", "CLASS_NAMES")
 SAVED = ("fingerprint", "chunk", "history", "views", "epoch", "step", "totals", "finished")
@@ -1257,7 +1261,7 @@ def read_weights(path):
         weights = inner if isinstance(inner, dict) else weights
     weights = {str(name): tensor for name, tensor in weights.items()}
     if any(name.startswith("vision_model.") for name in weights):
-        raise ValueError("its tensors have transformers' names; take that model from the hub")
+        raise ValueError("its tensors have transformers' names: see Recipes in data/README.md")
     words = "token_embedding.weight"  # a prefix of all names stands before this one
     prefix = next((name.removesuffix(words) for name in weights if name.endswith(words)), "")
     weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
