@@ -265,27 +265,29 @@ def clip_loss(image_features, text_features, logit_scale):
     return (loss_per_image + F.cross_entropy(logits_per_image.T, targets)) / 2
 
 
-class Parts(NamedTuple):
-    """Which of a whole batch's B images take part in which loss."""
+class Targets(NamedTuple):
+    """What the losses of a whole batch compare its B images with."""
 
     titled: torch.Tensor  # int64, the indices of the images that have a caption
     classes: torch.Tensor  # int64 [B], each image's among the batch's K; -100 for none
     counts: tuple  # of the images with a caption, and with a class
 
 
-def batch_losses(image_features, text_features, prompt_features, parts, logit_scale):
+def batch_losses(image_features, text_features, prompt_features, targets, logit_scale):
     """The caption loss of the titled images and the class loss of the labelled ones, float32 [2].
 
     Features: float32 of B images [B, D], their texts [B, D] and the batch's classes [K, D], all of
     length 1. Each loss is a mean over its images, 0 where there are none. Prompts are not added to
     the captions, where they would be negatives of the titled images of their own class.
     """
-    titled, classes = (to_device(t, image_features.device) for t in (parts.titled, parts.classes))
+    titled, classes = (
+        to_device(t, image_features.device) for t in (targets.titled, targets.classes)
+    )
     caption_loss = class_loss = 0 * logit_scale
-    if parts.counts[0]:
+    if targets.counts[0]:
         pairs = image_features.index_select(0, titled), text_features.index_select(0, titled)
         caption_loss = clip_loss(*pairs, logit_scale)
-    if parts.counts[1]:
+    if targets.counts[1]:
         logits = logit_scale.exp() * image_features @ prompt_features.T  # [B, K]
         class_loss = F.cross_entropy(logits, classes)  # which leaves out -100
     return torch.stack([caption_loss, class_loss])
@@ -322,7 +324,7 @@ def forward_backward(state, batch):
     if len(batch.prompts):
         prompt_features = gather(in_chunks(state, encode_texts, batch.prompts))[: batch.num_classes]
     features = image_features, text_features, prompt_features
-    losses = batch_losses(*features, batch.parts, model.logit_scale)
+    losses = batch_losses(*features, batch.targets, model.logit_scale)
     state.scaler.scale(losses[0] + CLASS_WEIGHT * losses[1]).backward()
     return losses.detach()
 
@@ -385,9 +387,9 @@ class State:
     signals: list = field(default_factory=list)  # Ctrl-C or SIGTERM: the run ends after its step
 
 
-def total_losses(losses, parts):
+def total_losses(losses, targets):
     """Float32 [2, 2] to add up over batches: each loss times its images, and their count."""
-    counts = torch.stack([losses.new_full((), count) for count in parts.counts])
+    counts = torch.stack([losses.new_full((), count) for count in targets.counts])
     return torch.stack([losses * counts, counts])
 
 
@@ -408,7 +410,7 @@ def train_epoch(state, dataset, bar):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(step_of_run, NUM_EPOCHS * state.steps_per_epoch)
         losses = train_step(state, batch)
-        totals = total_losses(losses, batch.parts)
+        totals = total_losses(losses, batch.targets)
         state.totals += torch.where(losses.isfinite(), totals, 0)  # the scaler skips such a step
         state.step += 1
         if step_of_run % 20 == 0:
@@ -554,12 +556,12 @@ def split_losses(state, dataset, image_features, text_features):
     """The mean_losses of a split by its first texts, in batches as large as training's."""
     totals = torch.zeros(2, 2, device=image_features.device)
     for rows in shuffled(len(dataset)).split(state.batch_size):  # the file may be sorted by class
-        parts, classes = dataset.parts(rows)
+        targets, classes = dataset.targets(rows)
         texts = torch.cat([dataset.first_texts[rows], dataset.prompts[classes, 0]])
         rows, texts = (to_device(indices, totals.device) for indices in (rows, texts))
         texts = text_features[texts].split([len(rows), len(classes)])
-        losses = batch_losses(image_features[rows], *texts, parts, state.model.logit_scale)
-        totals += total_losses(losses, parts)
+        losses = batch_losses(image_features[rows], *texts, targets, state.model.logit_scale)
+        totals += total_losses(losses, targets)
     losses, dtype = mean_losses(totals), str(state.precision)[6:]
     if not math.isfinite(losses["loss"]):
         cause = "half precision overflows: take a GPU with bfloat16, or set CUDA_VISIBLE_DEVICES=-1"
@@ -1013,13 +1015,13 @@ class FashionDataset(Dataset):
         torch.index_select(self.pixels, 0, rows.flatten(), out=pixels.view(-1, *shape))
         return pixels, self.tokens[self.first_texts[index]]
 
-    def parts(self, index):
-        """→ (the Parts of a batch of these images, the K classes that it has, int64 [K])."""
+    def targets(self, index):
+        """→ (the Targets of a batch of these images, the K classes that it has, int64 [K])."""
         titled, labels = self.titled[index].nonzero().squeeze(1), self.labels[index]
         labelled = (labels >= 0) & (CLASS_WEIGHT > 0)
         classes, places = labels[labelled].unique(return_inverse=True)
         targets = torch.full_like(labels, -100).masked_scatter(labelled, places)
-        return Parts(titled, targets, (len(titled), len(places))), classes
+        return Targets(titled, targets, (len(titled), len(places))), classes
 
 
 class Batch(NamedTuple):
@@ -1028,7 +1030,7 @@ class Batch(NamedTuple):
     inverse: torch.Tensor  # int64 [b], each image's row of tokens
     prompts: torch.Tensor  # int32 [ceil(K / processes), 77], the share of the K classes' prompts
     num_classes: int  # K
-    parts: Parts  # of the B images
+    targets: Targets  # of the B images
 
 
 def epoch_batches(dataset, epoch, batch_size, first_step=0):
@@ -1044,11 +1046,11 @@ def epoch_batches(dataset, epoch, batch_size, first_step=0):
         whole = order[step * batch_size : (step + 1) * batch_size]
         own = whole.chunk(WORLD_SIZE)[RANK]
         rows, inverse = drawn[own].unique(return_inverse=True)
-        parts, classes = dataset.parts(whole)
+        targets, classes = dataset.targets(whole)
         count = -(-len(classes) // WORLD_SIZE)  # in equal shares: some prompts are encoded twice
         share = torch.arange(RANK * count, (RANK + 1) * count) % max(1, len(classes))
         prompts = dataset.tokens[dataset.prompts[classes[share], templates[step]]]
-        return Batch(dataset[own][0], dataset.tokens[rows], inverse, prompts, len(classes), parts)
+        return Batch(dataset[own][0], dataset.tokens[rows], inverse, prompts, len(classes), targets)
 
     return load_ahead(load, range(first_step, steps))
 

@@ -93,11 +93,11 @@ def make_batch(count, seed=0):
     which, order = torch.arange(count) % max(1, count * 2 // 3), torch.arange(count)
     titles = [f"saree number {i}" + " long" * (i % 5) for i in range(int(which.max()) + 1)]
     titled, classes = order[order % 5 < 4], torch.where(order % 4 < 3, order % 3, -100)
-    parts = ic.Parts(titled, classes, (len(titled), int((classes >= 0).sum())))
+    targets = ic.Targets(titled, classes, (len(titled), int((classes >= 0).sum())))
     prompts = ic.clip.tokenize(
         [f"a photo of a {name}" for name in ("saree", "gown", "pair of shoes")]
     )
-    return ic.Batch(pixels, ic.clip.tokenize(titles), which, prompts, 3, parts)
+    return ic.Batch(pixels, ic.clip.tokenize(titles), which, prompts, 3, targets)
 
 
 def toy_dataset(labels, captions, pixels=None, class_names=None):
@@ -142,11 +142,11 @@ def textbook_losses(model, batch):
     tokens = batch.tokens[batch.inverse].to(device)
     text_features = F.normalize(model.encode_text(tokens), dim=-1)
     prompt_features = F.normalize(model.encode_text(batch.prompts.to(device)), dim=-1)
-    scale, titled = model.logit_scale.exp(), batch.parts.titled.tolist()
+    scale, titled = model.logit_scale.exp(), batch.targets.titled.tolist()
     similarity = scale * image_features[titled] @ text_features[titled].T
     log_likelihood = similarity.log_softmax(1).diagonal() + similarity.log_softmax(0).diagonal()
     caption_loss = -log_likelihood.mean() / 2
-    classes = batch.parts.classes.tolist()
+    classes = batch.targets.classes.tolist()
     class_losses = [
         -(scale * image_features[i] @ prompt_features[: batch.num_classes].T).log_softmax(0)[label]
         for i, label in enumerate(classes)

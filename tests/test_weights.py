@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,12 +16,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import grown, read_metrics, relative, run_script, tiny_model
+from conftest import grown, read_metrics, relative, tiny_model
 from safetensors.torch import save, save_file
 
 import indofashion_clip as ic
-
-PIXELS = conftest.make_batch(6).pixels
 
 
 def tiny_resnet():
@@ -32,7 +29,6 @@ def tiny_resnet():
 
 def assert_same(weights, others):
     """Bit for bit."""
-    assert isinstance(weights, dict), weights
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
         assert weight.dtype == others[name].dtype and torch.equal(weight, others[name]), name
@@ -42,7 +38,6 @@ def assert_same(weights, others):
 ADAM = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-5, "params": [0]}]}
 DICTIONARIES = {  # as people save them
     "plain": lambda weights: weights,
-    "model": lambda weights: {"model": weights, "args": {"lr": 1e-5}},
     "a loop's": lambda weights: {"model": "ViT-B/32", "model_state_dict": weights, "adam": ADAM},
     "open_clip's": lambda weights: {
         "epoch": 3,
@@ -83,51 +78,33 @@ def save_as(kind, model, path, monkeypatch):
 @pytest.mark.parametrize("kind", ["safetensors", "archive", "last.pt", *DICTIONARIES])
 @pytest.mark.parametrize("new", [tiny_model, tiny_resnet])
 def test_a_file_of_each_kind_is_loaded_not_rounded(tmp_path, monkeypatch, new, kind):
-    """Whatever it is called. clip reads the files that it can read to the same features."""
+    """Whatever it is called."""
     path = tmp_path / ("clip.safetensors" if kind == "safetensors" else "my clip.v2")
-    model = grown(new())
+    model, pixels = grown(new()), conftest.make_batch(6).pixels
     save_as(kind, grown(new()), path, monkeypatch)
     loaded = ic.load_clip(str(path))
     assert not loaded.training and loaded.visual.input_resolution == 64
     assert_same(loaded.state_dict(), model.state_dict())
-    tokens = clip.tokenize(["a saree", "men's kurta"])
-    features = model.encode_image((PIXELS / 255 - loaded.mean) / loaded.std)
-    features = F.normalize(features, dim=-1), F.normalize(model.encode_text(tokens), dim=-1)
-    assert relative(ic.encode_images(loaded, torch.float32, PIXELS), features[0]) < 1e-5
-    assert relative(ic.encode_texts(loaded, torch.float32, tokens), features[1]) < 1e-5
-    if kind in ("archive", "plain"):
-        by_clip, preprocess = clip.load(str(path), device="cpu")
-        assert preprocess.transforms[0].size == 64
-        assert relative(by_clip.encode_text(tokens), model.encode_text(tokens)) < 5e-3
-        assert relative(by_clip.encode_image(PIXELS / 255), model.encode_image(PIXELS / 255)) < 5e-3
+    features = model.encode_image((pixels / 255 - loaded.mean) / loaded.std)
+    found = ic.encode_images(loaded, torch.float32, pixels)
+    assert relative(found, F.normalize(features, dim=-1)) < 1e-5
 
 
-def changed(**changes):
-    """A CLIP's tensors but for these; None: there is no such tensor."""
-    weights = tiny_model().state_dict() | changes
-    return {name: weight for name, weight in weights.items() if weight is not None}
-
-
+WEIGHTS = grown(tiny_model()).state_dict()
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 605143316\n"
 OTHERS = {  # file: (what is in it: text, or what torch.save gets; what the line says)
     "empty.pt": ("", "it holds no tensors"),
-    "empty.safetensors": ("", "header too small"),
     "pointer.pt": (POINTER, "it holds no tensors"),
     "pointer.safetensors": (POINTER, "header"),
     "whole.pt": (torch.nn.Linear(1, 1), "also torch.nn.*Linear; save model.state_dict.. alone"),
     "average.pt": ({"model_state_dict": {}, "loss": np.mean([0.5])}, "also numpy.*scalar; save"),
     "foreign.pt": ({"layer.weight": torch.ones(3)}, "1 entries .layer.weight., not a CLIP"),
-    "list.pt": ([torch.ones(3)], "1 entries .list., not a CLIP"),
     "tensor.pt": (torch.ones(3), "1 entries .Tensor., not a CLIP"),
-    "named.pt": ({"model": "ViT-B/32", "best": {}}, "2 entries .model, best., not a CLIP"),
     "transformers.pt": ({"vision_model.a": torch.ones(3)}, "transformers' names"),
-    "long.pt": (changed(positional_embedding=torch.ones(248, 128)), "text length.*248.*not .77"),
-    "part.pt": (changed(**{"ln_final.weight": None}), "ln_final.weight"),
-    "more.pt": (changed(**{"head.weight": torch.ones(3)}), "head.weight"),
-    "cut.pt": (changed(), "(corrupted|central directory)"),
-    "cut.safetensors": (changed(), "not fully covered"),
+    "long.pt": (WEIGHTS | {"positional_embedding": torch.ones(248, 128)}, "length.*248.*not .77"),
+    "more.pt": (WEIGHTS | {"head.weight": torch.ones(3)}, "head.weight"),
+    "cut.pt": (WEIGHTS, "(corrupted|central directory)"),
     "missing.pt": (None, "does not exist"),
-    "missing.safetensors": (None, "No such file"),
     "nowhere/clip/weights": (None, "does not exist"),
     ".": (None, "is a directory"),
 }
@@ -140,8 +117,8 @@ def test_any_other_file_is_one_line_that_says_what_it_is(tmp_path, monkeypatch, 
     if isinstance(held, str):
         Path(name).write_text(held)
     elif held is not None:
-        save_file(held, name) if name.endswith(".safetensors") else torch.save(held, name)
-    if name.startswith("cut"):
+        torch.save(held, name)
+    if name == "cut.pt":
         os.truncate(name, 100_000)
     line = f"MODEL: cannot load '{re.escape(name)}': .*{said}.*a repository of the hub.*ViT-B/32"
     with pytest.raises(SystemExit, match=line) as stop:
@@ -153,8 +130,7 @@ def test_any_other_file_is_one_line_that_says_what_it_is(tmp_path, monkeypatch, 
 
 # ---- The hub ----
 FILES = {"config": "open_clip_config.json", "weights": "open_clip_model.safetensors"}
-FILES |= {"transformers": "model.safetensors"}
-FETCHED = ["HEAD config", "GET config", "HEAD weights", "GET weights"]
+FETCHED = [f"{how} {FILES[name]}" for name in ("config", "weights") for how in ("HEAD", "GET")]
 OPENAIS = "timm/vit_base_patch32_clip_224.openai"
 
 
@@ -164,8 +140,6 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, self.path
         hub.requests.append(f"{self.command} {path}")
-        if path == "/close":
-            hub.close()
         content = hub.files.get(path)
         code, end = 404 if content is None else 200, None
         if self.command == "GET" and hub.broken.get(path):
@@ -193,14 +167,10 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.requests = {"/close": b""}, []
+        self.files, self.requests = {}, []
         self.broken = {}  # {path: [(code, where it ends) of each GET, the last first]}
         self.url = f"http://127.0.0.1:{self.server_port}"
         Thread(target=self.serve_forever, daemon=True).start()
-
-    def close(self):
-        self.shutdown()
-        self.server_close()
 
     def add(self, repository, **files):
         for name, content in files.items():
@@ -208,10 +178,9 @@ class Hub(ThreadingHTTPServer):
             self.files[path] = json.dumps(content).encode() if name == "config" else content
 
     def asked(self, repository):
-        """The requests for a repository's files: ["HEAD config", …]."""
-        names = {f"/{repository}/resolve/main/{file}": name for name, file in FILES.items()}
-        requests = [request.split() for request in self.requests]
-        return [f"{method} {names[path]}" for method, path in requests if path in names]
+        """The requests for a repository's files: ["HEAD open_clip_config.json", …]."""
+        ours = [request for request in self.requests if f" /{repository}/" in request]
+        return [request.replace(f"/{repository}/resolve/main/", "") for request in ours]
 
     def variables(self, folder):
         """The environment of a script that takes this for the hub, with its cache in `folder`."""
@@ -221,8 +190,8 @@ class Hub(ThreadingHTTPServer):
 
 def make_config(part="model", **changes):
     """A tiny CLIP's open_clip_config.json but for changes of a part; None: left out."""
-    vision = {"image_size": 64, "layers": 1, "width": 64, "patch_size": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    vision = {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2}
     model = {"embed_dim": 64, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
     preprocess = {"mean": ic.PIXEL_MEAN, "std": ic.PIXEL_STD}
     preprocess |= {"interpolation": "bicubic", "resize_mode": "shortest"}
@@ -233,69 +202,49 @@ def make_config(part="model", **changes):
     return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 
-@pytest.fixture(scope="module")
-def weights():
-    return grown(clip.model.CLIP(64, 64, 1, 64, 16, 77, 49408, 64, 1, 1)).state_dict()
-
-
-def test_two_processes_fetch_a_name_once_and_train_as_with_a_file_of_the_same(tmp_path, weights):
-    (file := tmp_path / "clip.safetensors").write_bytes(save(weights))
+def test_two_processes_fetch_a_name_once_and_train(tmp_path):
     data = conftest.make_dataset(tmp_path / "data", train=8, val=5, test=0)
-    constants = conftest.quick(data, NUM_EPOCHS=1, CHUNK_SIZE=4)
-    run_script(tmp_path, **constants | {"MODEL": str(file)})
-    by_file = read_metrics(tmp_path, times=False)
-    shutil.rmtree(tmp_path / "outputs")
-    hub, script = Hub(), conftest.edited_script(tmp_path, **constants | {"MODEL": "ViT-B/32"})
-    hub.add(OPENAIS, config=make_config(), weights=file.read_bytes())
+    constants = conftest.quick(data, MODEL="ViT-B/32", NUM_EPOCHS=1, CHUNK_SIZE=4)
+    hub, script = Hub(), conftest.edited_script(tmp_path, **constants)
+    hub.add(OPENAIS, config=make_config(), weights=save(WEIGHTS))
     output = conftest.launch(script, processes=2, **hub.variables(tmp_path))
-    hub.close()
-    got = [line for line in hub.asked(OPENAIS) if "GET" in line]
-    assert got == ["GET config", "GET weights"] and "Traceback" not in output
-    start, trained = read_metrics(tmp_path, times=False)
-    assert start == by_file[0] and trained["train_loss"] > 0
+    assert [line for line in hub.asked(OPENAIS) if "GET" in line] == FETCHED[1::2]
+    assert "Traceback" not in output and read_metrics(tmp_path)[1]["train_loss"] > 0
 
 
 DIFFERENT = {  # part: what is not as in OpenAI's; None: left out
-    "model": [("quick_gelu", False), ("quick_gelu", None), ("multimodal_cfg", {"width": 512})],
-    "text": [
-        ("heads", 4),
-        ("context_length", 64),
-        ("vocab_size", 32000),
-        ("hf_model_name", "bert"),
-    ],
-    "vision": [("head_width", 32), ("timm_model_name", "convnext_base"), ("mlp_ratio", 4.5)],
-    "preprocess": [("mean", [0.5] * 3), ("interpolation", "bilinear"), ("resize_mode", "squash")],
+    "model": {"quick_gelu": None, "multimodal_cfg": {"width": 512}},
+    "text": {"heads": 4, "context_length": 64, "vocab_size": 32000, "hf_model_name": "bert"},
+    "vision": {"head_width": 32, "timm_model_name": "convnext_base", "mlp_ratio": 4.5},
+    "preprocess": {"mean": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"},
 }
-DIFFERENT = [(part, *change) for part, changes in DIFFERENT.items() for change in changes]
-STARTS = [f"different/{i}" for i in range(len(DIFFERENT))]
-STARTS += ["spelled/out", "no/config", "no/weights", "no/clip", "no/repository", "breaks/off"]
-STARTS += ["breaks/off again", "ViT-B/32", "ViT-B/32 again", "close", "ViT-B/32 closed", "ViT-L/14"]
+DIFFERENT = [(part, *change) for part, changes in DIFFERENT.items() for change in changes.items()]
+TAKEN = ["spelled/out", "breaks/off again", "ViT-B/32", "ViT-B/32 again"]
+STARTS = [f"different/{name}" for _, name, _ in DIFFERENT]
+STARTS += ["no/config", "no/clip", "no/repository", "breaks/off", *TAKEN, "ViT-L/14"]
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory, weights):
+def started(tmp_path_factory):
     """(a hub, {start: the weights, or the line, that each of STARTS gave in one process})."""
     folder, hub = tmp_path_factory.mktemp("starts"), Hub()
-    whole = {"config": make_config(), "weights": save(weights)}
-    for i, (part, name, value) in enumerate(DIFFERENT):
-        hub.add(f"different/{i}", **whole | {"config": make_config(part, **{name: value})})
+    whole = {"config": make_config(), "weights": save(WEIGHTS)}
+    for part, name, value in DIFFERENT:
+        hub.add(f"different/{name}", **whole | {"config": make_config(part, **{name: value})})
     hub.add("spelled/out", **whole | {"config": make_config("text", hf_model_name="")})
-    hub.add("no/config", transformers=whole["weights"])
-    hub.add("no/weights", config=make_config(), transformers=whole["weights"])
+    hub.add("no/config", weights=whole["weights"])
     hub.add("no/clip", **whole | {"config": {"model_cfg": {}}})
     hub.add("breaks/off", **whole)
     hub.add(OPENAIS, **whole)
     hub.broken[f"/breaks/off/resolve/main/{FILES['weights']}"] = [(500, 0), (200, 1000)]
     lines = f"""
-        import time, torch, urllib.request
+        import huggingface_hub, time, torch
         time.sleep = lambda seconds: None  # between attempts
         outcomes = []
         for start in {STARTS!r}:
+            huggingface_hub.constants.HF_HUB_OFFLINE = start == "ViT-L/14"
             try:
-                if start == "close":
-                    outcomes.append(urllib.request.urlopen("{hub.url}/close").status)
-                else:
-                    outcomes.append(ic.load_clip(start.split()[0]).state_dict())
+                outcomes.append(ic.load_clip(start.split()[0]).state_dict())
             except SystemExit as stop:
                 outcomes.append(str(stop))
         torch.save(outcomes, "outcomes.pt")
@@ -306,23 +255,20 @@ def started(tmp_path_factory, weights):
     return hub, dict(zip(STARTS, outcomes, strict=True))
 
 
-@pytest.mark.parametrize("i", range(len(DIFFERENT)))
-def test_a_repository_of_another_form_is_refused_before_its_weights_are_fetched(started, i):
+@pytest.mark.parametrize("_, name, value", DIFFERENT)
+def test_another_form_is_refused_before_its_weights_are_fetched(started, _, name, value):
     hub, outcomes = started
-    _, name, value = DIFFERENT[i]
-    value = value or False  # quick_gelu's default
-    assert f"it differs from OpenAI's CLIP: {name} is {value}." in outcomes[f"different/{i}"]
-    assert hub.asked(f"different/{i}") == ["HEAD config", "GET config"]
+    said = f"it differs from OpenAI's CLIP: {name} is {value or False}."  # quick_gelu's default
+    assert said in outcomes[f"different/{name}"]
+    assert hub.asked(f"different/{name}") == FETCHED[:2]
 
 
 REFUSED = {  # a start: what its line says
     "no/config": "404.*/no/config/resolve/main/open_clip_config.json.* open_clip",
-    "no/weights": "404.*/open_clip_model.safetensors",
     "no/clip": "text_cfg",
     "no/repository": "404",
     "breaks/off": "500.* download https://huggingface.co/breaks/off/resolve/main/open_clip_model.s",
-    "ViT-L/14": "locate the file on the Hub.* download https://huggingface.co/timm/vit_large_patch14_clip_224.openai/"
-    'resolve/main/open_clip_model.safetensors yourself and set MODEL = "path/to/open_clip_model.s',
+    "ViT-L/14": "locate the file on the Hub.*/vit_large_patch14_clip_224.openai/.* MODEL = .path/",
 }
 
 
@@ -332,16 +278,11 @@ def test_what_the_hub_does_not_give_is_one_line(started, name):
     assert re.match(line, started[1][name])
 
 
-TAKEN = ["spelled/out", "breaks/off again", "ViT-B/32", "ViT-B/32 again", "ViT-B/32 closed"]
-
-
 @pytest.mark.parametrize("start", TAKEN)
-def test_the_hubs_weights_are_taken(started, weights, start):
-    assert_same(started[1][start], weights)
-
-
-def test_what_is_cached_is_taken_without_a_request(started):
-    assert started[0].asked(OPENAIS) == FETCHED  # by the first of three starts
+def test_the_hubs_weights_are_taken_and_once_cached_without_a_request(started, start):
+    hub, outcomes = started
+    assert_same(outcomes[start], WEIGHTS)
+    assert hub.asked(OPENAIS) == FETCHED  # by the first of two starts
 
 
 # ---- The package clip ----
@@ -354,6 +295,6 @@ def test_another_clip_is_one_line(tmp_path, monkeypatch, code):
     (tmp_path / "clip.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "clip")
-    [line] = run_script(tmp_path, code=1).splitlines()
+    [line] = conftest.run_script(tmp_path, code=1).splitlines()
     assert line.startswith(f"'import clip' finds {tmp_path / 'clip.py'}, not OpenAI's CLIP (")
     assert line.endswith("uninstall that package, then: pip install -r requirements.txt")

@@ -154,8 +154,8 @@ def random_batch(count, length=title_length, classes=True):
     if names:
         prompts = ic.clip.tokenize([ic.PROMPTS[0].replace("{}", name) for name in names])
     labels = torch.arange(count) % len(names) if names else torch.full((count,), -100)
-    parts = ic.Parts(torch.arange(count), labels, (count, count if names else 0))
-    return ic.Batch(pixels, captions, which, prompts, len(names), parts)
+    targets = ic.Targets(torch.arange(count), labels, (count, count if names else 0))
+    return ic.Batch(pixels, captions, which, prompts, len(names), targets)
 
 
 def this_script(count, dtype, chunk=None, length=title_length, classes=True):
@@ -304,7 +304,7 @@ def differences(count, chunk):
 
     exact_losses, exact = textbook(batch)
     mirrored = {name: getattr(batch, name).flip(0) for name in ("pixels", "inverse")}
-    mirrored["parts"] = batch.parts._replace(classes=batch.parts.classes.flip(0))
+    mirrored["targets"] = batch.targets._replace(classes=batch.targets.classes.flip(0))
     found = {"the textbook's step, its pairs turned round": textbook(batch._replace(**mirrored))}
     found |= {"this script": here("float32")}
     found |= {f"this script, in chunks of {chunk}": here("float32", chunk)}

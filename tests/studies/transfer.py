@@ -46,21 +46,21 @@ def main():
 """
 BOTH_WAYS = """
 plain_losses = batch_losses
-def batch_losses(image_features, text_features, prompt_features, parts, logit_scale):
-    losses = plain_losses(image_features, text_features, prompt_features, parts, logit_scale)
-    if not len(parts.labelled):
+def batch_losses(image_features, text_features, prompt_features, targets, logit_scale):
+    losses = plain_losses(image_features, text_features, prompt_features, targets, logit_scale)
+    labelled = targets.classes >= 0
+    if not labelled.any():
         return losses
-    labelled = image_features.index_select(0, parts.labelled)
-    per_class = (logit_scale.exp() * prompt_features @ labelled.T).log_softmax(1)
-    right = F.one_hot(parts.classes, len(prompt_features)).T.float()
+    per_class = (logit_scale.exp() * prompt_features @ image_features[labelled].T).log_softmax(1)
+    right = F.one_hot(targets.classes[labelled], len(prompt_features)).T.float()
     images_found = -(per_class * right).sum(1) / right.sum(1)
     return torch.stack([losses[0], (losses[1] + images_found.mean()) / 2])
 """
 BY_COUNT = """
 plain_losses = batch_losses
-def batch_losses(image_features, text_features, prompt_features, parts, logit_scale):
-    losses = plain_losses(image_features, text_features, prompt_features, parts, logit_scale)
-    shares = [len(part) / len(image_features) for part in (parts.titled, parts.labelled)]
+def batch_losses(image_features, text_features, prompt_features, targets, logit_scale):
+    losses = plain_losses(image_features, text_features, prompt_features, targets, logit_scale)
+    shares = [count / len(image_features) for count in targets.counts]
     return torch.stack([loss * share for loss, share in zip(losses, shares)])
 """
 FEW = """
