@@ -266,9 +266,7 @@ def clip_loss(image_features, text_features, logit_scale):
 
 
 class Targets(NamedTuple):
-    """What the losses of a whole batch compare its B images with."""
-
-    titled: torch.Tensor  # int64, the indices of the images that have a caption
+    titled: torch.Tensor  # int64, the indices of a whole batch's images that have a caption
     classes: torch.Tensor  # int64 [B], each image's among the batch's K; -100 for none
     counts: tuple  # of the images with a caption, and with a class
 
@@ -280,9 +278,8 @@ def batch_losses(image_features, text_features, prompt_features, targets, logit_
     length 1. Each loss is a mean over its images, 0 where there are none. Prompts are not added to
     the captions, where they would be negatives of the titled images of their own class.
     """
-    titled, classes = (
-        to_device(t, image_features.device) for t in (targets.titled, targets.classes)
-    )
+    device = image_features.device
+    titled, classes = to_device(targets.titled, device), to_device(targets.classes, device)
     caption_loss = class_loss = 0 * logit_scale
     if targets.counts[0]:
         pairs = image_features.index_select(0, titled), text_features.index_select(0, titled)
@@ -402,7 +399,7 @@ def mean_losses(totals):
 
 
 def train_epoch(state, dataset, bar):
-    """Train from step state.step to the epoch's end, saving every 10 minutes → its metrics."""
+    """Train to the epoch's end, saving there and every 10 minutes → the epoch's metrics."""
     first, begin = state.step, time.perf_counter()
     last_save, state.totals = begin, state.totals.to(state.model.mean.device)
     for batch in epoch_batches(dataset, state.epoch, state.batch_size, first):
@@ -422,6 +419,7 @@ def train_epoch(state, dataset, bar):
         stop_if_signalled(state)
     metrics = {f"train_{name}": loss for name, loss in check_finite(state).items()}
     images, seconds = (state.step - first) * state.batch_size, time.perf_counter() - begin
+    save_run(state)
     return metrics | ({"train_pairs_per_second": images / seconds} if images else {})
 
 
@@ -444,8 +442,6 @@ def train(state, splits):
     with progress("training", NUM_EPOCHS * images, done) as bar:
         while state.epoch <= NUM_EPOCHS:
             trained = train_epoch(state, splits["train"], bar) if state.epoch > 0 else {}
-            if trained:
-                save_run(state)
             metrics, view = evaluate(state, splits["val"])
             log(state, "val", state.epoch, metrics | trained)
             state.views.setdefault("before", view)
@@ -477,9 +473,8 @@ def log(state, split, epoch, metrics):
     state.history.append({"epoch": epoch, "split": split} | metrics)
     write_lines("metrics.jsonl", state.history)
     forms = {"loss": "8.3f", "accuracy": "9.3f", "macro_f1": "9.3f"}
-    forms |= {
-        f"{way}_r{k}": "10.3f" if k == 1 else "6.3f" for way in DIRECTIONS for k in (1, 5, 10)
-    }
+    for way in DIRECTIONS:
+        forms |= {f"{way}_r1": "10.3f", f"{way}_r5": "6.3f", f"{way}_r10": "6.3f"}
     forms["train_pairs_per_second"] = "10.1f"
     cells = (format(metrics.get(name, math.nan), form) for name, form in forms.items())
     say(f"{epoch:5} {split:5}" + "".join(cells).replace("nan", "  -"))
@@ -524,14 +519,11 @@ def retrieval_recall(image_features, text_features, pairs):
     texts_found = top_k(image_features[titled], text_features, 10)  # [titled images, 10]
     images_found = top_k(text_features, image_features, 10)  # [C, 10]
     found = texts_found * count + titled[:, None], caption[:, None] * count + images_found
-    hits = {
-        way: torch.isin(keys_found, keys) for way, keys_found in zip(DIRECTIONS, found, strict=True)
-    }
-    return {
-        f"{way}_r{k}": hits[way][:, :k].any(1).double().mean().item()
-        for way in DIRECTIONS
-        for k in (1, 5, 10)
-    }
+    recall = {}
+    for way, keys_found in zip(DIRECTIONS, found, strict=True):
+        hits = torch.isin(keys_found, keys)
+        recall |= {f"{way}_r{k}": hits[:, :k].any(1).double().mean().item() for k in (1, 5, 10)}
+    return recall
 
 
 def classification_scores(labels, predicted, num_classes):
@@ -638,9 +630,7 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        sys.exit(
-            f"{path}, line {line}: no text in UTF-8. Save the table as CSV UTF-8 or JSON Lines"
-        )
+        sys.exit(f"{path}, line {line}: no text in UTF-8. Save it as UTF-8 (in Excel: CSV UTF-8)")
     except OSError as error:
         sys.exit(f"{path}: it cannot be read ({brief(error)})")
 
@@ -666,7 +656,7 @@ def read_rows(path):
                 if any(cells) and names:
                     yield line, table_row(names, cells, delimiter)
                 elif any(cells):
-                    names = ["_".join(name.lower().split()) for name in cells]
+                    names = column_names(cells)
                 line = reader.line_num + 1
     except (ValueError, RecursionError, csv.Error) as error:
         line += getattr(error, "lineno", 1) - 1  # of a JSON array
@@ -674,10 +664,15 @@ def read_rows(path):
         sys.exit(f"{path}, line {line}: {brief(error)}. {advice}")
 
 
+def column_names(cells):
+    names = ["_".join(name.lower().split()) for name in cells]
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"two columns are called {twice[0]}")
+    return names
+
+
 def table_row(names, cells, delimiter):
     """The row of a CSV as a dictionary. Raises ValueError where its cells are not its columns'."""
-    if any(names.count(name) > 1 for name in names if name):
-        raise ValueError(f"two columns have one name: {', '.join(names):.200}")
     if any(cells[len(names) :]):  # such as a title with a comma and without quotes
         raise ValueError(f"{len(cells)} cells for {len(names)} columns")
     texts = [cell for cell in cells if "\n" in cell]
@@ -743,7 +738,7 @@ def read_examples(path):
     columns = f"{path} has the columns {', '.join(map(str, columns)):.300}"
     if not examples:
         first = "line {}: {:.300}".format(*min(skipped, default=(1, "it is empty")))
-        form = "Rows are JSON objects, or those of a CSV, with the path of an image in image_path"
+        form = "A row has the path of an image in image_path; a folder has JPEG, PNG and the like"
         sys.exit(f"{columns}, but no row that can be used; {first}. {form}")
     return examples, skipped, columns
 
@@ -1182,19 +1177,16 @@ def resume(state):
 
 
 def refuse_changes(path, saved, new):
-    """Stop where the constants or the rows are not those of the saved run."""
     old, batch = saved["fingerprint"], "BATCH_SIZE in equal shares"
     changed = [name for name in new | old if old.get(name) != new.get(name)]
     changes = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in changed]
     if batch in changed:
         counts = [str(n) for n in range(1, old[batch] + 1) if old[batch] % n == 0]
         changes.append(f"{', '.join(counts)} processes can share a batch of {old[batch]}")
-    further = f'To train further from its result, set MODEL = "{OUTPUT_PATH}/best.pt" and '
-    advice = further if saved["finished"] else "Set it back to go on, or to start anew set "
+    further = f'To train further from its result, set MODEL = "{OUTPUT_PATH}/best.pt" and another '
+    advice = further if saved["finished"] else "Set it back to go on, or to start anew set another "
     if changed:
-        sys.exit(
-            f"{path} is of another training: {'; '.join(changes)}. {advice}another OUTPUT_PATH"
-        )
+        sys.exit(f"{path} is of another training: {'; '.join(changes)}. {advice}OUTPUT_PATH")
 
 
 # ---- Weights: files and the hub ------------------------------------------------------------------
@@ -1395,7 +1387,6 @@ def write_lines(name, rows):
 
 
 def brief(error, limit=300):
-    """An error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit].rstrip(".")
 
 
@@ -1430,7 +1421,7 @@ def check_constants():
             say("kaggle.com. Running the bundled sample, whose constants are those in SAMPLE_RUN.")
             constants.update(SAMPLE_RUN)
         elif isinstance(JSON_PATH, str):  # image_path may be absolute
-            folders = (os.path.dirname(JSON_PATH), ".")  # a wrong JSON_PATH is named below
+            folders = (JSON_PATH, os.path.dirname(JSON_PATH), ".")  # a wrong one is named below
             constants["IMAGE_PATH"] = next(filter(os.path.isdir, folders))
             say(f"IMAGE_PATH is not set: image_path in a table is relative to {IMAGE_PATH}")
     for names, (wanted, is_right) in RULES.items():
@@ -1501,9 +1492,8 @@ def draw_retrieval(dataset, views):
         return
     width, count = views["before"]["found"].shape[1], len(dataset.queries)
     figure = Figure(figsize=(2.6 * width, 1.5 * count + 0.3))
-    grid = figure.subplots(
-        count, 2 * width + 1, squeeze=False, gridspec_kw={"hspace": 0.35, "wspace": 0.05}
-    )
+    gaps = {"hspace": 0.35, "wspace": 0.05}
+    grid = figure.subplots(count, 2 * width + 1, squeeze=False, gridspec_kw=gaps)
     for number, (caption, text) in enumerate(dataset.queries.items()):
         own = dataset.pairs[dataset.pairs[:, 1] == caption, 0]  # the images of the caption
         label, row = dataset.labels[own[0]], grid[number]
@@ -1539,10 +1529,8 @@ def main():
         train(state, splits)
         finish(state, splits)
     except torch.OutOfMemoryError:
-        smaller = (
-            f"set CHUNK_SIZE = {state.chunk // 2}" if state.chunk > 1 else "take another MODEL"
-        )
-        sys.exit(f"out of memory at {state.chunk} images at a time: {smaller} and run it again")
+        advice = f"set CHUNK_SIZE = {max(1, state.chunk // 2)} or another MODEL, and run it again"
+        sys.exit(f"out of memory at {state.chunk} images at a time: {advice}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

@@ -101,7 +101,7 @@ def classify(model, precision, paths, features):
 
 def answer(query, model, precision, paths, features):
     """Print the images nearest to words, or to an image, and write search.html → its address."""
-    if os.path.splitext(query)[1].lower() in ENDINGS:
+    if os.path.splitext(query)[1].lower() in ENDINGS or os.path.exists(os.path.expanduser(query)):
         pixels, _, why = ic.decode(os.path.expanduser(query), model.visual.input_resolution)
         if why:
             return ic.say(why)
@@ -113,7 +113,7 @@ def answer(query, model, precision, paths, features):
     for similarity, i in zip(*(part.tolist() for part in best), strict=True):
         ic.say(f"  {similarity:.3f}  {paths[i]}")
         link = html.escape(Path(paths[i]).resolve().as_uri())
-        photos += PHOTO.format(link, similarity, html.escape(os.path.basename(paths[i])))
+        photos += PHOTO.format(link, similarity, html.escape(os.path.relpath(paths[i], FOLDER)))
     about = html.escape(f"the nearest of {len(paths):,} images in {FOLDER}, by {MODEL}")
     with ic.atomic_write("search.html") as file:
         file.write(PAGE.format(html.escape(query), about, photos).encode("utf-8", "replace"))
