@@ -214,7 +214,9 @@ def test_running_out_of_memory_ends_in_a_line_and_the_run_goes_on_in_smaller_chu
     """
     constants = conftest.quick(conftest.make_dataset(tmp_path / "data", train=25, val=7))
     output = run_driver(tmp_path, lines, constants | {"CHUNK_SIZE": 4}, code=1)
-    advice = "out of memory at 4 images at a time: set CHUNK_SIZE = 2 or another MODEL"
+    advice = (
+        "out of memory at 4 images at a time: set CHUNK_SIZE = 2 or another MODEL, and run it again"
+    )
     assert "Traceback" not in output and output.splitlines()[-1] == advice
     lines = lines.replace("== 5", "== -1")
     assert "Going on" in run_driver(tmp_path, lines, constants | {"CHUNK_SIZE": 2})
