@@ -291,16 +291,17 @@ def batch_losses(image_features, text_features, prompt_features, targets, logit_
 
 
 def in_chunks(state, encode, rows):
-    """encode(model, precision, rows) → features [B, D], state.chunk rows at a time.
+    """encode(model, precision, rows) → features [B, D], state.chunk images or twice as many texts.
 
     If all rows fit one chunk, this is a plain call. Else only the features are kept, and backward()
     encodes each chunk again: GradCache (Gao et al. 2021, arXiv 2101.06983).
     """
     encode_rows = functools.partial(encode, state.model, state.precision)
-    if len(rows) <= state.chunk:
+    chunks = rows.split(state.chunk if encode is encode_images else 2 * state.chunk)
+    if len(chunks) == 1:
         return encode_rows(rows)
     how = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(encode_rows, part, **how) for part in rows.split(state.chunk)])
+    return torch.cat([checkpoint(encode_rows, chunk, **how) for chunk in chunks])
 
 
 def gather(own):
@@ -314,14 +315,14 @@ def gather(own):
 
 def forward_backward(state, batch):
     """Both losses of all B images, [2]; gradients of this process's share, to be summed."""
-    model, prompt_features = state.model, None
+    scale = state.model.logit_scale
     image_features = gather(in_chunks(state, encode_images, batch.pixels))
-    captions = in_chunks(state, encode_texts, batch.tokens)
-    text_features = gather(F.embedding(to_device(batch.inverse, captions.device), captions))
-    if len(batch.prompts):
-        prompt_features = gather(in_chunks(state, encode_texts, batch.prompts))[: batch.num_classes]
-    features = image_features, text_features, prompt_features
-    losses = batch_losses(*features, batch.targets, model.logit_scale)
+    # One call for all texts: a second one would go through all weights and their gradients again.
+    texts = in_chunks(state, encode_texts, torch.cat([batch.tokens, batch.prompts]))
+    captions, prompts = texts.split([len(batch.tokens), len(batch.prompts)])
+    text_features = gather(F.embedding(to_device(batch.inverse, texts.device), captions))
+    prompt_features = gather(prompts)[: batch.num_classes] if len(prompts) else prompts
+    losses = batch_losses(image_features, text_features, prompt_features, batch.targets, scale)
     state.scaler.scale(losses[0] + CLASS_WEIGHT * losses[1]).backward()
     return losses.detach()
 
@@ -399,7 +400,7 @@ def mean_losses(totals):
 
 
 def train_epoch(state, dataset, bar):
-    """Train to the epoch's end, saving there and every 10 minutes → the epoch's metrics."""
+    """Train to the epoch's end, saving every 10 minutes → the epoch's metrics."""
     first, begin = state.step, time.perf_counter()
     last_save, state.totals = begin, state.totals.to(state.model.mean.device)
     for batch in epoch_batches(dataset, state.epoch, state.batch_size, first):
@@ -419,7 +420,6 @@ def train_epoch(state, dataset, bar):
         stop_if_signalled(state)
     metrics = {f"train_{name}": loss for name, loss in check_finite(state).items()}
     images, seconds = (state.step - first) * state.batch_size, time.perf_counter() - begin
-    save_run(state)
     return metrics | ({"train_pairs_per_second": images / seconds} if images else {})
 
 
@@ -442,6 +442,8 @@ def train(state, splits):
     with progress("training", NUM_EPOCHS * images, done) as bar:
         while state.epoch <= NUM_EPOCHS:
             trained = train_epoch(state, splits["train"], bar) if state.epoch > 0 else {}
+            if trained:
+                save_run(state)
             metrics, view = evaluate(state, splits["val"])
             log(state, "val", state.epoch, metrics | trained)
             state.views.setdefault("before", view)
@@ -738,7 +740,7 @@ def read_examples(path):
     columns = f"{path} has the columns {', '.join(map(str, columns)):.300}"
     if not examples:
         first = "line {}: {:.300}".format(*min(skipped, default=(1, "it is empty")))
-        form = "A row has the path of an image in image_path; a folder has JPEG, PNG and the like"
+        form = "Rows are JSON objects, or a CSV's, with image_path; a folder has JPEG or PNG files"
         sys.exit(f"{columns}, but no row that can be used; {first}. {form}")
     return examples, skipped, columns
 
@@ -772,8 +774,7 @@ def hold_out(examples):
     groups = [example.product or example.digest for example in examples]
     hashes = {g: int(hashlib.sha256(f"{SEED} {g}".encode()).hexdigest()[:15], 16) for g in groups}
     share = max(0.05, min(0.2, 100 / len(groups)))
-    limit = max(share * 16**15, min(hashes.values()))
-    limit = min(limit, max(hashes.values()) - 1)  # one group at least stays in train
+    limit = min(max(share * 16**15, min(hashes.values())), max(hashes.values()) - 1)  # 2 sides
     sides = [], []
     for example, group in zip(examples, groups, strict=True):
         sides[hashes[group] <= limit].append(example)
@@ -1236,7 +1237,6 @@ def find_weights(name):
 
 
 def hub_file(repository, name):
-    """The path of a repository's file; what is cached is taken without a request."""
     try:
         return hf_hub_download(repository, name, local_files_only=True)
     except LocalEntryNotFoundError:

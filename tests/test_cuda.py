@@ -18,10 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 import indofashion_clip as ic
 
-TRANSFERS = (
-    10  # of a step, to the card: pixels, inverse, two Targets; three each for tokens, prompts
-)
-CHUNKED = 2 * 3 + 2 * 2 * 3 + 3 + 3  # three of the images and two of the texts, each taken twice
+TRANSFERS = 7  # of a step, to the card: pixels, inverse, two Targets, three for the texts
+CHUNKED = 2 * 3 + 2 * 2 * 3 + 3  # three chunks of images and two of texts, each taken twice
 
 
 class Wait(Exception):
