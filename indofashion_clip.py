@@ -1157,7 +1157,7 @@ def resume(state):
         with suppress(Exception):  # a damaged file raises nearly anything
             saved = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(saved, dict) or saved.keys() != {*SAVED, *STATEFUL}:
-            sys.exit(f"{path} is damaged, or not of this version of the script. {advice}")
+            sys.exit(f"{path} is damaged, or of an older version of this script. {advice}")
         refuse_changes(path, saved, state.fingerprint)
         if saved["finished"]:
             say(f"This run is finished: {OUTPUT_PATH} has its weights. To train further from them,")
