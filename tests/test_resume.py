@@ -192,7 +192,7 @@ def test_a_foreign_or_older_last_pt_is_refused_in_one_line_and_left_alone(output
         contents.append(path.read_bytes())
     for content in contents:
         last.write_bytes(content)
-        with pytest.raises(SystemExit, match="damaged, or not of this version") as stop:
+        with pytest.raises(SystemExit, match="damaged, or of an older version") as stop:
             ic.resume(make_state())
         assert "\n" not in stop.value.code and last.read_bytes() == content
 
