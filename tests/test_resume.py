@@ -102,14 +102,14 @@ RUNS = {  # their moments, what ends each process, and the steps that are saved,
     "told to stop": (
         [(*place, INT) for place in LOADING] + STOPPED + ENDS,
         [-INT] * len(LOADING) + [128 + stop[2] for stop in STOPPED] + [-TERM, 0],
-        ["11", "12", "15", "21", "31", "41"],
+        ["10", "11", "14", "15", "20", "30"],
     ),
 }
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_struck_again_and_again_ends_as_if_nothing_had_been(tmp_path, untouched, run):
-    """Told to stop: saved, after the next step; while loading, or at a second signal, at once."""
+    """Told to stop: saved, after the step or evaluation; while loading, or told twice, at once."""
     moments, codes, steps = RUNS[run]
     output = run_driver(tmp_path, STRUCK.format(moments=moments), untouched[1])
     assert [int(line.split()[1]) for line in output.splitlines() if "ENDED" in line] == codes
