@@ -1116,8 +1116,8 @@ def fit_chunk(model, precision, dataset, share):
     kept = [bytes_kept(model, precision, dataset, count) for count in (few, more)]
     image = 1.5 * (kept[1] - kept[0]) / max(1, more - few)  # half as much again comes and goes
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
-    # gradients and Adam's two moments; copies in half precision; what all_reduce sums
-    besides = 3 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)
+    # gradients, two moments, a chunk's own gradients; half-precision copies; what is exchanged
+    besides = 4 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)
     batch = WORLD_SIZE * share
     logits = 20 * batch * (batch + min(batch, len(dataset.prompts)))  # 16 bytes were measured
     fitting = int((free - besides * weights - logits - 2**29) / max(1.0, image))

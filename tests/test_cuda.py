@@ -220,8 +220,8 @@ def test_the_evaluation_waits_only_when_all_is_encoded(card):
 
 
 def test_the_chunk_found_keeps_a_step_within_the_free_memory(card, monkeypatch):
-    """By the bytes of all fakes on a card that has 300 MB besides the 1 GB left to others."""
-    card.native, spare = False, 300 * 2**20
+    """By the bytes of all fakes on a card that has 350 MB besides the 1 GB left to others."""
+    card.native, spare = False, 350 * 2**20
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (spare + 2**30, 2**40))
     monkeypatch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)
     monkeypatch.setattr(ic.dist, "all_reduce", lambda tensor, _: tensor)

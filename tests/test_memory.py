@@ -79,7 +79,7 @@ def test_the_chunk_is_the_largest_even_one_that_fits(
     monkeypatch.setattr(ic, "bytes_kept", memory.kept)
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
     batch = share * processes
-    rest = (3 + 0.5 * (precision == "bfloat16") + (processes > 1)) * weights + reserve
+    rest = (4 + 0.5 * (precision == "bfloat16") + (processes > 1)) * weights + reserve
     rest += 20 * batch * (batch + min(batch, classes))
     for free in (2.5 * rest, 3 * rest, rest + 0.01 * GB, rest + 9 * GB):
         memory.free.return_value = free
