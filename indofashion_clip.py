@@ -489,6 +489,7 @@ def finish(state, splits):
         draw_curves(state.history, best_epoch)
         draw_confusion(splits["val"], state.views)
         draw_retrieval(splits["val"], state.views)
+    state.optimizer = make_optimizer(state.model)  # drops the moments: nothing is trained any more
     if "test" in splits:
         all_reduce(torch.zeros(1))  # best.pt is written
         state.model.load_state_dict(torch.load(best_file, map_location="cpu", weights_only=True))
@@ -1120,9 +1121,11 @@ def fit_chunk(model, precision, dataset, share):
     besides = 4 + 0.5 * (precision != torch.float32) + (WORLD_SIZE > 1)
     batch = WORLD_SIZE * share
     logits = 20 * batch * (batch + min(batch, len(dataset.prompts)))  # 16 bytes were measured
-    fitting = int((free - besides * weights - logits - 2**29) / max(1.0, image))
-    chunks = -(-share // max(1, fitting))
-    return -(-share // chunks)
+    free -= besides * weights + logits + 2**29
+    graph = 15_000 * len(list(model.parameters()))  # a checkpoint's, until backward() comes to it
+    even = {-(-share // count) for count in range(1, share + 1)}
+    needed = {chunk: image * chunk + graph * share / chunk for chunk in even}
+    return max((c for c in even if needed[c] <= free), default=min(even, key=needed.get))
 
 
 def free_memory(device, root="/sys/fs/cgroup"):

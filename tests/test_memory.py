@@ -1,5 +1,6 @@
 """How many images are encoded at a time: as many as fit the memory that is free."""
 
+import math
 from unittest.mock import MagicMock, Mock
 
 import pytest
@@ -81,15 +82,17 @@ def test_the_chunk_is_the_largest_even_one_that_fits(
     batch = share * processes
     rest = (4 + 0.5 * (precision == "bfloat16") + (processes > 1)) * weights + reserve
     rest += 20 * batch * (batch + min(batch, classes))
-    for free in (2.5 * rest, 3 * rest, rest + 0.01 * GB, rest + 9 * GB):
+    graph = 15_000 * len(list(model.parameters())) * share  # of one image at a time
+    for free in (2.5 * rest, 3 * rest, rest + 0.2 * GB, rest + 9 * GB):
         memory.free.return_value = free
         chunk = ic.fit_chunk(model, getattr(torch, precision), rows, share)
         chunks = -(-share // chunk)
         assert chunk == -(-share // chunks)  # no short chunk at the end
-        assert rest + 1.5 * chunk * image <= free
+        assert rest + 1.5 * chunk * image + graph / chunk <= free
         larger = -(-share // max(1, chunks - 1))
-        assert chunk == share or rest + 1.5 * larger * image > free
-    memory.free.return_value = rest - GB
-    assert ic.fit_chunk(model, getattr(torch, precision), rows, share) == 1  # at the least
+        assert chunk == share or rest + 1.5 * larger * image + graph / larger > free
+    memory.free.return_value = rest - GB  # nothing fits: the chunk that needs the least
+    least = ic.fit_chunk(model, getattr(torch, precision), rows, share)
+    assert least == pytest.approx(math.sqrt(graph / (1.5 * image)), abs=1)
     order = [name for name, *_ in memory.mock_calls]  # torch reuses the memory of trial passes
     assert order == ["free", "kept", "kept"] * 5
