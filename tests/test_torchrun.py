@@ -25,6 +25,8 @@ DRIVER = f"""
     steps = [test_torchrun.shared_steps(tower) for tower in test_torchrun.TOWERS]
     if ic.RANK == 0:
         torch.save((precisions, steps), "found.pt")
+    ic.all_reduce(torch.zeros(1))
+    ic.dist.destroy_process_group()  # else a thread of it may abort the interpreter's end
     """
 
 
