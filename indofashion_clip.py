@@ -21,11 +21,11 @@ import functools
 import glob
 import hashlib
 import html
-import importlib.util
 import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -55,18 +55,16 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, get_worker_info
-from torchvision.transforms.functional import center_crop, pil_to_tensor
+from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", "pkg_resources is deprecated")
 try:
-    import clip
-
-    _ = clip.tokenize, clip.model.CLIP
+    from clip import model as clip_model
+    from clip import tokenize as clip_tokenize
 except Exception as error:  # another package of that name may raise anything
-    found = getattr(importlib.util.find_spec("clip"), "origin", "nothing")
     advice = "rename that file or uninstall that package, then: pip install -r requirements.txt"
-    sys.exit(f"'import clip' finds {found}, not OpenAI's CLIP ({error!r:.200}): {advice}")
+    sys.exit(f"'import clip' does not find OpenAI's CLIP ({error!r:.300}): {advice}")
 
 # ---- Constants: what a user edits ----------------------------------------------------------------
 IMAGE_PATH = "data/indo-fashion"  # the folder that image_path in a row is relative to
@@ -130,10 +128,10 @@ def load_clip(name):
             torch.manual_seed(SEED)
             image = 64, 2, 128, 16  # pixels, layers, width, patch
             text = 77, 49408, 128, 2, 2  # tokens, vocabulary, width, heads, layers
-            model = clip.model.CLIP(64, *image, *text)  # 64: the width of the embeddings
+            model = clip_model.CLIP(64, *image, *text)  # 64: the width of the embeddings
         else:
             weights = read_weights(find_weights(name))
-            model = clip.model.build_model(weights).float()
+            model = clip_model.build_model(weights).float()
             model.load_state_dict(weights)  # build_model has rounded them to half precision
     except Exception as error:  # a damaged file raises nearly anything
         kinds = f"a file, a repository of the hub, or one of {', '.join(['tiny', *HUB_NAMES])}"
@@ -267,8 +265,8 @@ def clip_loss(image_features, text_features, logit_scale):
 
 class Targets(NamedTuple):
     titled: torch.Tensor  # int64, the indices of a whole batch's images that have a caption
-    classes: torch.Tensor  # int64 [B], each image's among the batch's K; -100 for none
-    counts: tuple  # of the images with a caption, and with a class
+    labelled: torch.Tensor  # int64, those of its images that have a class
+    classes: torch.Tensor  # int64, their classes among the batch's K
 
 
 def batch_losses(image_features, text_features, prompt_features, targets, logit_scale):
@@ -278,15 +276,15 @@ def batch_losses(image_features, text_features, prompt_features, targets, logit_
     length 1. Each loss is a mean over its images, 0 where there are none. Prompts are not added to
     the captions, where they would be negatives of the titled images of their own class.
     """
-    device = image_features.device
-    titled, classes = to_device(targets.titled, device), to_device(targets.classes, device)
+    titled, labelled, classes = (to_device(part, logit_scale.device) for part in targets)
     caption_loss = class_loss = 0 * logit_scale
-    if targets.counts[0]:
+    if len(titled):
         pairs = image_features.index_select(0, titled), text_features.index_select(0, titled)
         caption_loss = clip_loss(*pairs, logit_scale)
-    if targets.counts[1]:
-        logits = logit_scale.exp() * image_features @ prompt_features.T  # [B, K]
-        class_loss = F.cross_entropy(logits, classes)  # which leaves out -100
+    if len(labelled):
+        images = image_features.index_select(0, labelled)
+        logits = logit_scale.exp() * images @ prompt_features.T  # [labelled images, K]
+        class_loss = F.cross_entropy(logits, classes)
     return torch.stack([caption_loss, class_loss])
 
 
@@ -380,23 +378,26 @@ class State:
     views: dict = field(default_factory=dict)  # what the figures show, "before" and "after"
     epoch: int = 0  # 0: the evaluation before training; NUM_EPOCHS + 1: all are done
     step: int = 0  # steps of this epoch that are done
-    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(2, 2))  # of their losses
-    finished: bool = False
+    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(3))  # of their losses
     signals: list = field(default_factory=list)  # Ctrl-C or SIGTERM: the run ends after its step
 
 
-def total_losses(losses, targets):
-    """Float32 [2, 2] to add up over batches: each loss times its images, and their count."""
-    counts = torch.stack([losses.new_full((), count) for count in targets.counts])
-    return torch.stack([losses * counts, counts])
+def read_losses(state, totals):
+    """{"loss" and its two parts}: the means of totals float32 [3], both losses' sums, their count.
 
-
-def mean_losses(totals):
-    """{"loss": …} of added totals, and its two parts where there are both; waits for the device."""
-    totals, images = totals.tolist()
-    caption_loss, class_loss = (a / max(1, b) for a, b in zip(totals, images, strict=True))
-    parts = {"caption_loss": caption_loss, "class_loss": class_loss} if all(images) else {}
-    return {"loss": caption_loss + CLASS_WEIGHT * class_loss} | parts
+    Waits for the device. Stops where the loss or a weight is not finite.
+    """
+    caption_loss, class_loss = (totals[:2] / totals[2].clamp(min=1)).tolist()
+    loss = caption_loss + CLASS_WEIGHT * class_loss
+    if not torch.nn.utils.get_total_norm(state.model.parameters()).isfinite():
+        place = f"by step {state.step} of epoch {state.epoch}"
+        advice = f"lower LR and set another OUTPUT_PATH; {OUTPUT_PATH} holds the last good weights"
+        sys.exit(f"a weight is not finite {place}: {advice}")
+    if not math.isfinite(loss):
+        cause = "half precision overflows: take a GPU with bfloat16, or set CUDA_VISIBLE_DEVICES=-1"
+        advice = cause if state.precision == torch.float16 else "lower LR, or take another MODEL"
+        sys.exit(f"the loss is not finite in {str(state.precision)[6:]}: {advice}")
+    return {"loss": loss, "caption_loss": caption_loss, "class_loss": class_loss}
 
 
 def train_epoch(state, dataset, bar):
@@ -408,35 +409,28 @@ def train_epoch(state, dataset, bar):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(step_of_run, NUM_EPOCHS * state.steps_per_epoch)
         losses = train_step(state, batch)
-        totals = total_losses(losses, batch.targets)
-        state.totals += torch.where(losses.isfinite(), totals, 0)  # the scaler skips such a step
+        # A step whose loss is not finite is one that the scaler skips.
+        state.totals += torch.where(losses.isfinite().all(), F.pad(losses, (0, 1), value=1.0), 0.0)
         state.step += 1
         if step_of_run % 20 == 0:
-            bar.set_postfix_str(f"loss {check_finite(state)['loss']:.3f}", refresh=False)
+            loss = read_losses(state, state.totals)["loss"]
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update(state.batch_size)
         if time.perf_counter() > last_save + 600:
             save_run(state)
             last_save = time.perf_counter()
         stop_if_signalled(state)
-    metrics = {f"train_{name}": loss for name, loss in check_finite(state).items()}
+    metrics = {f"train_{name}": loss for name, loss in read_losses(state, state.totals).items()}
     images, seconds = (state.step - first) * state.batch_size, time.perf_counter() - begin
     return metrics | ({"train_pairs_per_second": images / seconds} if images else {})
 
 
-def check_finite(state):
-    """The epoch's mean_losses so far. Waits for the device. Stops if a weight is not finite."""
-    if not torch.nn.utils.get_total_norm(state.model.parameters()).isfinite():
-        place = f"by step {state.step} of epoch {state.epoch}"
-        advice = f"lower LR and set another OUTPUT_PATH; {OUTPUT_PATH} holds the last good weights"
-        sys.exit(f"a weight is not finite {place}: {advice}")
-    return mean_losses(state.totals)
-
-
 def train(state, splits):
     """Evaluate, then train and evaluate epoch by epoch, keeping the best weights and the last."""
-    columns = "epoch split    loss accuracy macro-F1 image→text R@1, 5, 10 text→image R@1, 5, 10"
-    say(f"\n{columns}   pairs/s")
-    save_best(state)  # last.pt is written first: the run may have been killed before best.pt
+    columns = "epoch split     loss accuracy macro-F1"
+    for way in ("image→text", "text→image"):
+        columns += f"{way + ' R@1':>18}{5:9}{10:9}"
+    say(f"\n{columns}  pairs/s")
     images = state.steps_per_epoch * state.batch_size
     done = max(0, state.epoch - 1) * images + state.step * state.batch_size
     with progress("training", NUM_EPOCHS * images, done) as bar:
@@ -449,53 +443,43 @@ def train(state, splits):
             state.views.setdefault("before", view)
             if best_line(state.history) is state.history[-1]:
                 state.views["after"] = view
-            state.epoch, state.step, state.totals = state.epoch + 1, 0, torch.zeros(2, 2)
+                # Written before last.pt: a run that is killed between them evaluates once more.
+                save("best.pt", {k: v.cpu() for k, v in state.model.state_dict().items()})
+            state.epoch, state.step, state.totals = state.epoch + 1, 0, torch.zeros(3)
             save_run(state)
-            save_best(state)
             stop_if_signalled(state)
-
-
-def save_best(state):
-    """Write best.pt if the last epoch is the best; clip's names only, as clip.load is strict."""
-    ended = state.step == 0 and state.history
-    if ended and best_line(state.history) is state.history[-1] and RANK == 0:
-        weights = {name: weight.cpu() for name, weight in state.model.state_dict().items()}
-        with atomic_write(f"{OUTPUT_PATH}/best.pt") as file:
-            torch.save(weights, file)
 
 
 def best_line(history):
     """The best val line of metrics.jsonl, by the mean of accuracy and both recalls at 5."""
     keys = ("accuracy", "image_to_text_r5", "text_to_image_r5")  # those that the split has
-    return max(history, key=lambda line: sum(line.get(key, 0.0) for key in keys))
+    lines = [line for line in history if line["split"] == "val"]
+    return max(lines, key=lambda line: sum(line.get(key, 0.0) for key in keys))
 
 
 def log(state, split, epoch, metrics):
     """Add a line to metrics.jsonl and to what is printed."""
     state.history.append({"epoch": epoch, "split": split} | metrics)
-    write_lines("metrics.jsonl", state.history)
-    forms = {"loss": "8.3f", "accuracy": "9.3f", "macro_f1": "9.3f"}
-    for way in DIRECTIONS:
-        forms |= {f"{way}_r1": "10.3f", f"{way}_r5": "6.3f", f"{way}_r10": "6.3f"}
-    forms["train_pairs_per_second"] = "10.1f"
-    cells = (format(metrics.get(name, math.nan), form) for name, form in forms.items())
-    say(f"{epoch:5} {split:5}" + "".join(cells).replace("nan", "  -"))
+    save("metrics.jsonl", state.history)
+    names = ["loss", "accuracy", "macro_f1"]
+    names += [f"{way}_r{k}" for way in DIRECTIONS for k in (1, 5, 10)]
+    cells = "".join(f"{metrics.get(name, math.nan):9.3f}" for name in names)
+    speed = metrics.get("train_pairs_per_second", math.nan)
+    say(f"{epoch:5} {split:5}{cells}{speed:9.1f}".replace("nan", "  -"))
 
 
 def finish(state, splits):
     """Draw val before and after training, and evaluate best.pt on test."""
     best_file, best_epoch = f"{OUTPUT_PATH}/best.pt", best_line(state.history)["epoch"]
-    if RANK == 0:
-        draw_curves(state.history, best_epoch)
-        draw_confusion(splits["val"], state.views)
-        draw_retrieval(splits["val"], state.views)
+    draw_curves(state.history, best_epoch)
+    draw_confusion(splits["val"], state.views)
+    draw_retrieval(splits["val"], state.views)
     state.optimizer = make_optimizer(state.model)  # drops the moments: nothing is trained any more
-    if "test" in splits:
+    if "test" in splits and state.history[-1]["split"] == "val":
         all_reduce(torch.zeros(1))  # best.pt is written
         state.model.load_state_dict(torch.load(best_file, map_location="cpu", weights_only=True))
         log(state, "test", best_epoch, evaluate(state, splits["test"])[0])
-    state.finished = True
-    save_run(state)
+        save_run(state)
     say(f"\nBest weights (epoch {best_epoch}): {best_file}. To use them:")
     say(f'    model, preprocess = clip.load("{best_file}")')
 
@@ -516,9 +500,9 @@ def retrieval_recall(image_features, text_features, pairs):
     pairs: int64 [P, 2], (image, caption), all that belong together: any of an image's captions is
     right for it, and any image of a caption. An image without a caption can be found by mistake.
     """
-    images, captions = pairs.unbind(1)
+    images, captions = to_device(pairs, image_features.device).unbind(1)
     keys, count = captions * len(image_features) + images, len(image_features)
-    titled, caption = images.unique(), torch.arange(len(text_features), device=pairs.device)
+    titled, caption = images.unique(), torch.arange(len(text_features), device=images.device)
     texts_found = top_k(image_features[titled], text_features, 10)  # [titled images, 10]
     images_found = top_k(text_features, image_features, 10)  # [C, 10]
     found = texts_found * count + titled[:, None], caption[:, None] * count + images_found
@@ -547,22 +531,15 @@ def encode_all(state, encode, batches, bar):
     return torch.cat(features)
 
 
-def split_losses(state, dataset, image_features, text_features):
-    """The mean_losses of a split by its first texts, in batches as large as training's."""
-    totals = torch.zeros(2, 2, device=image_features.device)
+def split_losses(state, dataset, image_features, text_features, prompt_features):
+    """The losses of a split by its first texts, in batches as large as training's."""
+    losses = []
     for rows in shuffled(len(dataset)).split(state.batch_size):  # the file may be sorted by class
         targets, classes = dataset.targets(rows)
-        texts = torch.cat([dataset.first_texts[rows], dataset.prompts[classes, 0]])
-        rows, texts = (to_device(indices, totals.device) for indices in (rows, texts))
-        texts = text_features[texts].split([len(rows), len(classes)])
-        losses = batch_losses(image_features[rows], *texts, targets, state.model.logit_scale)
-        totals += total_losses(losses, targets)
-    losses, dtype = mean_losses(totals), str(state.precision)[6:]
-    if not math.isfinite(losses["loss"]):
-        cause = "half precision overflows: take a GPU with bfloat16, or set CUDA_VISIBLE_DEVICES=-1"
-        advice = cause if state.precision == torch.float16 else "lower LR, or take another MODEL"
-        sys.exit(f"the loss is not finite in {dtype}: {advice}")
-    return losses
+        texts, prompts = text_features[dataset.first_texts[rows]], prompt_features[classes, 0]
+        features = image_features[rows], texts, prompts
+        losses.append(batch_losses(*features, targets, state.model.logit_scale))
+    return read_losses(state, F.pad(torch.stack(losses).mean(0), (0, 1), value=1.0))
 
 
 @torch.no_grad()
@@ -574,58 +551,61 @@ def evaluate(state, dataset):
     """
     begin, count = time.perf_counter(), len(dataset)
     batches = load_ahead(lambda rows: dataset[rows][0], torch.arange(count).split(256))
-    with progress("evaluating", count + len(dataset.tokens)) as bar:
+    texts = torch.cat([dataset.tokens, dataset.prompts.flatten(0, 1)])
+    with progress("evaluating", count + len(texts)) as bar:
         image_features = encode_all(state, encode_images, batches, bar)
-        text_features = encode_all(state, encode_texts, dataset.tokens.split(256), bar)
-    metrics, view = split_losses(state, dataset, image_features, text_features), {}
+        features = encode_all(state, encode_texts, texts.split(256), bar)
+    text_features, prompt_features = features.tensor_split([len(dataset.tokens)])
+    prompt_features = prompt_features.unflatten(0, dataset.prompts.shape[:2])  # [K, PROMPTS, D]
+    features = image_features, text_features, prompt_features
+    metrics, view = split_losses(state, dataset, *features), {}
     if (dataset.labels >= 0).any():
-        class_features = F.normalize(text_features[dataset.prompts].mean(1), dim=-1)  # [K, D]
+        class_features = F.normalize(prompt_features.mean(1), dim=-1)  # [K, D]
         view["predicted"] = top_k(image_features, class_features, 1).squeeze(1).cpu()
         metrics |= classification_scores(dataset.labels, view["predicted"], len(class_features))
     if len(dataset.pairs):
-        images, captions = dataset.pairs.to(image_features.device).unbind(1)
-        captions, columns = captions.unique(return_inverse=True)
-        pairs = torch.stack([images, columns], 1)
-        metrics |= retrieval_recall(image_features, text_features[captions], pairs)
+        text_features = text_features[: dataset.num_captions]
+        metrics |= retrieval_recall(image_features, text_features, dataset.pairs)
         view["found"] = top_k(text_features[list(dataset.queries)], image_features, 5).cpu()
     seconds = time.perf_counter() - begin
     return metrics | {"seconds": seconds, "pairs_per_second": count / seconds}, view
 
 
 # ---- From here on: what prepares and keeps a run. A reader of CLIP's training can stop here ------
-# ---- Data: a table or a folder → images with captions and classes --------------------------------
+# ---- Data: tables or folders → images with captions and classes ----------------------------------
 FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "TGA"
+ENDINGS = tuple(e for e, kind in Image.registered_extensions().items() if kind in FORMATS)
+MISSING = "n/a", "na", "nan", "none", "null", "#n/a", "-"  # titles that are none
 
 
-class Example(NamedTuple):
-    image_path: str
-    captions: tuple  # distinct texts, maybe none
-    class_name: str  # "" where there is none
-    product: str  # its product_id: the images of a product go to one side of train and val
-    lines: tuple  # of its rows, from 1
+@dataclass(slots=True)
+class Example:
+    """An image, with what all of its rows say."""
+
+    split: str
+    path: str
+    reason: str = ""  # why it is left out
+    captions: tuple = ()  # distinct texts
+    classes: tuple = ()  # distinct names
+    product: str = ""  # its product_id: the images of a product go to one side of train and val
+    lines: tuple = ()  # of its rows, from 1
     row: int = 0  # of the cache
     digest: int = 0  # of its pixels
 
 
-def clean(value):
-    """Plain words: entities resolved, spaces collapsed; "" for what is neither text nor number."""
-    is_text = isinstance(value, (str, int, float)) and value == value  # NaN is not itself
-    text = html.unescape(str(value)) if is_text else ""
-    return " ".join(text.encode("utf-8", "ignore").decode("utf-8").split())
+def read_texts(value):
+    """The distinct texts of a cell or a list: entities resolved, spaces collapsed, none empty."""
+    texts = {}
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, (str, int, float)) and part == part:  # NaN is not itself
+            text = html.unescape(str(part)).encode("utf-8", "ignore").decode("utf-8")
+            texts[" ".join(text.split())] = None
+    return tuple(filter(None, texts))
 
 
-def read_titles(titles):
-    """The distinct texts of a title, or of a list of them."""
-    texts = map(clean, titles if isinstance(titles, list) else [titles])
-    missing = "", "n/a", "na", "nan", "none", "null", "#n/a", "-"
-    return tuple(dict.fromkeys(text for text in texts if text.lower() not in missing))
-
-
-def read_names(labels):
-    """The distinct names of a label, or of a list, as CLIP reads them: a__B and "a b" are one."""
-    labels = labels if isinstance(labels, list) else [labels]
-    names = (" ".join(clean(label).replace("_", " ").lower().split()) for label in labels)
-    return tuple(dict.fromkeys(sys.intern(name) for name in names if name))
+def class_name(label):
+    """A label as CLIP reads it: a__B and "a b" are one."""
+    return sys.intern(" ".join(label.replace("_", " ").lower().split()))
 
 
 def read_text(path):
@@ -656,10 +636,9 @@ def read_rows(path):
             reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
             names = []
             for cells in reader:
-                if any(cells) and names:
-                    yield line, table_row(names, cells, delimiter)
-                elif any(cells):
-                    names = column_names(cells)
+                if names and any(cells):
+                    yield line, table_row(names, cells)
+                names = names or ["_".join(name.lower().split()) for name in cells]
                 line = reader.line_num + 1
     except (ValueError, RecursionError, csv.Error) as error:
         line += getattr(error, "lineno", 1) - 1  # of a JSON array
@@ -667,103 +646,114 @@ def read_rows(path):
         sys.exit(f"{path}, line {line}: {brief(error)}. {advice}")
 
 
-def column_names(cells):
-    names = ["_".join(name.lower().split()) for name in cells]
-    if twice := [name for name in names if name and names.count(name) > 1]:
-        raise ValueError(f"two columns are called {twice[0]}")
-    return names
-
-
-def table_row(names, cells, delimiter):
+def table_row(names, cells):
     """The row of a CSV as a dictionary. Raises ValueError where its cells are not its columns'."""
     if any(cells[len(names) :]):  # such as a title with a comma and without quotes
         raise ValueError(f"{len(cells)} cells for {len(names)} columns")
-    texts = [cell for cell in cells if "\n" in cell]
-    parts = [part for text in texts for line in text.split("\n") for part in line.split(delimiter)]
-    if any(part.lower().endswith(image_endings()) and " " not in part for part in parts):
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"two columns are called {twice[0]} in the first line")
+    if any(re.search(r"\n.*\S\.(jpe?g|png|webp)\b", cell, re.IGNORECASE) for cell in cells):
         raise ValueError("a quote that is opened here takes in the rows below")
     return dict(zip(names, cells, strict=False))
 
 
-@functools.cache
-def image_endings():
-    Image.init()
-    return tuple(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
-
-
-def find_images(folder):
-    """The images below a folder, sorted: links are followed, hidden names passed over."""
-    found, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(parent))
-        inner = [name for name in folders if name[0] != "."]
-        folders[:] = [n for n in inner if os.path.realpath(os.path.join(parent, n)) not in seen]
-        images = [name for name in names if name.lower().endswith(image_endings())]
-        found += [Path(parent, name) for name in images if name[0] != "."]
-    return sorted(found)
-
-
 def read_folder(folder):
     """Yield (number, row) of the images below a folder, each one's own folder being its class."""
-    for number, path in enumerate(find_images(folder), 1):
-        texts, inside = path.with_suffix(".txt"), path.relative_to(folder)
+    names = sorted(glob.glob("**", root_dir=folder, recursive=True))  # but for hidden ones
+    images = [name for name in names if name.lower().endswith(ENDINGS)]
+    for number, name in enumerate(images, 1):
+        texts, label = Path(folder, name).with_suffix(".txt"), Path(name).parent.name
         titles = read_text(texts).splitlines() if texts.exists() else []
-        label = inside.parent.name  # "" directly in the folder
-        yield number, {"image_path": str(inside), "product_title": titles, "class_label": label}
+        yield number, {"image_path": name, "product_title": titles, "class_label": label}
 
 
-def read_examples(path):
-    """→ ([Example], one per image; [(line, why it is left out)]; the columns that there are)."""
-    rows_of, skipped, columns = {}, [], {}
-    for line, row in read_folder(path) if os.path.isdir(path) else read_rows(path):
+def read_examples(split, table):
+    """[Example], one for each image of a table or a folder, and one for each row of no use."""
+    examples, columns, is_folder = {}, {}, os.path.isdir(table)
+    for line, row in read_folder(table) if is_folder else read_rows(table):
         if not isinstance(row, dict):
-            sys.exit(f"{path}, line {line}: no JSON object. A row is an object with an image_path")
+            sys.exit(f"{table}, line {line}: no JSON object. A row is an object with an image_path")
         columns |= dict.fromkeys(row)
-        image = row.get("image_path")
+        image, reason = row.get("image_path"), ""
+        path = os.path.normpath(str(image).strip().replace("\\", "/"))
+        path = os.path.join(table if is_folder else IMAGE_PATH, path)
         if not isinstance(image, str) or not image.strip():
-            is_empty = not image or isinstance(image, str)
-            skipped.append((line, "no image_path" if is_empty else "image_path is no text"))
-        elif re.match(r"\s*\w+://", image):
-            skipped.append((line, f"an address, download the image first: {image}"))
-        else:
-            texts = read_titles(row.get("product_title")), read_names(row.get("class_label"))
-            image = os.path.normpath(image.strip().replace("\\", "/"))
-            rows_of.setdefault(image, []).append((line, *texts, clean(row.get("product_id"))))
-    examples = []
-    for image, rows in rows_of.items():
-        lines, titles, labels, products = zip(*rows, strict=True)
-        captions, labels = (tuple(dict.fromkeys(chain(*texts))) for texts in (titles, labels))
-        if len(labels) < 2:
-            examples.append(Example(image, captions, "".join(labels), max(products), lines))
-        else:
-            reason = f"several classes: {image} is {', '.join(labels)}"
-            skipped += [(line, reason) for line in lines]
-    columns = f"{path} has the columns {', '.join(map(str, columns)):.300}"
-    if not examples:
-        first = "line {}: {:.300}".format(*min(skipped, default=(1, "it is empty")))
-        form = "Rows are JSON objects, or a CSV's, with image_path; a folder has JPEG or PNG files"
-        sys.exit(f"{columns}, but no row that can be used; {first}. {form}")
-    return examples, skipped, columns
+            reason = f"no path in image_path: {image!r:.80}"
+        elif "://" in image:
+            reason = f"an address, download the image first: {image}"
+        elif not os.path.isfile(path):
+            reason = f"there is no such file: {path}"
+        example = examples.setdefault(line if reason else path, Example(split, path, reason))
+        titles, names = (read_texts(row.get(key)) for key in ("product_title", "class_label"))
+        titles = (text for text in titles if text.lower() not in MISSING)
+        example.captions = tuple(dict.fromkeys([*example.captions, *titles]))
+        names = filter(None, map(class_name, names))
+        example.classes = tuple(dict.fromkeys([*example.classes, *names]))
+        example.product = max(example.product, *read_texts(row.get("product_id")), "")
+        example.lines += (line,)
+        if len(example.classes) > 1:
+            example.reason = f"several classes: {path} is {', '.join(example.classes)}"
+    say(f"{table} has the columns {', '.join(map(str, columns)):.300}")
+    return [*examples.values()]
 
 
-def class_prompts(class_name):
+def class_prompts(name):
     """saree → ["a photo of a saree", …], one for each of PROMPTS."""
-    names = {read_names(label): name for label, name in CLASS_NAMES.items()}
-    return [prompt.replace("{}", names.get((class_name,), class_name)) for prompt in PROMPTS]
-
-
-def find_classes(examples):
-    """The sorted names of the classes; [] if there is only one, with nothing to tell apart."""
-    names = sorted({example.class_name for example in examples} - {""})
-    if len({class_prompts(name)[0].lower() for name in names}) < len(names):
-        sys.exit("CLASS_NAMES gives two classes the same name")
-    return names if len(names) > 1 else []
+    names = {class_name(label): words for label, words in CLASS_NAMES.items()}
+    return [prompt.replace("{}", names.get(name, name)) for prompt in PROMPTS]
 
 
 # ---- Splits --------------------------------------------------------------------------------------
 def shuffled(count):
     """A permutation of range(count), int64 [count], that follows from SEED."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
+
+
+def load_splits(resolution):
+    """{"train", "val" and, where there is a file, "test": FashionDataset}; writes skipped.jsonl."""
+    splits = ("train", "val", "test") if "{split}" in JSON_PATH else ("train",)
+    tables = {split: JSON_PATH.replace("{split}", split) for split in splits}
+    tables = {split: table for split, table in tables.items() if os.path.exists(table)}
+    examples = [e for split, table in tables.items() for e in read_examples(split, table)]
+    usable = [example for example in examples if not example.reason]
+    names = sorted({name for example in usable for name in example.classes})
+    names = names if len(names) > 1 else []  # one has nothing to be told from
+    say(f"{len(names):,} classes: {', '.join(names):.200}")
+    pixels, digests, unusable = open_cache([example.path for example in usable], resolution)
+    for row, (example, digest) in enumerate(zip(usable, digests.tolist(), strict=True)):
+        example.row, example.digest, example.reason = row, digest, unusable.get(row, "")
+        if not example.captions and not (names and example.classes):
+            example.reason = "no title, and no class to tell from others"
+    parts = find_usable(tables, examples)
+    if "val" not in parts:
+        parts["train"], parts["val"] = hold_out(parts["train"])
+    for split in [*parts][1:]:
+        say_what_is_odd(split, parts[split], parts["train"])
+    return {split: FashionDataset(part, pixels, names) for split, part in parts.items()}
+
+
+def find_usable(tables, examples):
+    """→ {split: its usable examples}. Says what is left out, and stops where that is most."""
+    lines = [(example, line) for example in examples if example.reason for line in example.lines]
+    skipped = [{"split": e.split, "line": line, "reason": e.reason} for e, line in lines]
+    save("skipped.jsonl", skipped)
+    parts = {}
+    for split, table in tables.items():
+        parts[split] = usable = [e for e in examples if e.split == split and not e.reason]
+        reasons = ["line {line}: {reason}".format(**s) for s in skipped if s["split"] == split]
+        if not usable or sum(len(example.lines) for example in usable) < len(reasons):
+            first = reasons[0] if reasons else "it is empty"
+            form = "Rows are JSON objects, or a CSV's, whose image_path is relative to IMAGE_PATH"
+            sys.exit(f"{table}: most rows cannot be used; {first:.300}. {form}")
+        images = f"{len(usable):7,} images, {sum(not e.captions for e in usable):,} of them without"
+        captions = f"{sum(len(e.captions) for e in usable):,} captions"
+        say(f"{split:5} {images} a title; {captions}; {len(reasons):,} rows skipped")
+    kinds = Counter(row["reason"].partition(":")[0] for row in skipped)
+    for kind, count in kinds.most_common():
+        first = next(row for row in skipped if row["reason"].startswith(kind))
+        place = "{split}, line {line}: {reason:.200}".format(**first)
+        say(f"{count:13,} rows skipped, such as {place}. All: {OUTPUT_PATH}/skipped.jsonl")
+    return parts
 
 
 def hold_out(examples):
@@ -779,83 +769,23 @@ def hold_out(examples):
     sides = [], []
     for example, group in zip(examples, groups, strict=True):
         sides[hashes[group] <= limit].append(example)
+    held_out = f"{len(sides[1])} of {len(groups)} images of train are held out for val"
     [(group, largest)], asked = Counter(groups).most_common(1), max(1, share * len(groups))
     if not sides[1] or (len(sides[1]) > 2 * asked and largest > asked):
-        found = f"{len(sides[1])} of {len(groups)} images would be held out for val"
         shared = f"the product_id {group!r}" if isinstance(group, str) else "equal pixels"
-        found = f"{found}, as {largest} share {shared}. Mend that, or give val a file of its own"
-        sys.exit(f"{JSON_PATH}: train and val need an image each, of different products: {found}")
+        held_out = f"train and val need images each: {held_out}, as {largest} share {shared}"
+        sys.exit(f"{JSON_PATH}: {held_out}. Mend that, or give val a file of its own")
+    say(f"{held_out}: there is no val file")
     return sides
-
-
-def load_split(split, path, examples, skipped, class_names, resolution):
-    """→ (the examples that can be used, all pixels, the lines of skipped.jsonl)."""
-    folder = path if os.path.isdir(path) else IMAGE_PATH
-    paths = [os.path.join(folder, example.image_path) for example in examples]
-    pixels, digests, unusable = open_cache(split, paths, resolution)
-    usable = []
-    for row, (example, digest) in enumerate(zip(examples, digests.tolist(), strict=True)):
-        reason = unusable.get(row)
-        if not example.captions and not (class_names and example.class_name):
-            reason = "no title, and no class to tell from others"
-        skipped += [(line, reason) for line in example.lines if reason]
-        if not reason:
-            usable.append(example._replace(row=row, digest=digest))
-    if len(skipped) > sum(len(example.lines) for example in usable):
-        first = "line {}: {}".format(*min(skipped))
-        sys.exit(f"{path}: most rows cannot be used; {first}. Check IMAGE_PATH and this file")
-    untitled = sum(not example.captions for example in usable)
-    captions = sum(len(example.captions) for example in usable)
-    counts = f"{len(usable):7,} images, {untitled:,} of them without a title; {captions:,} captions"
-    say(f"{split:5} {counts}; {len(skipped):,} rows skipped")
-    lines = [{"split": split, "line": line, "reason": why} for line, why in sorted(skipped)]
-    return usable, pixels, lines
-
-
-def load_splits(resolution):
-    """{"train", "val" and, where there is a file, "test": FashionDataset}; writes skipped.jsonl."""
-    files = {split: JSON_PATH.replace("{split}", split) for split in ("train", "val", "test")}
-    files = {split: file for split, file in files.items() if os.path.exists(file)}
-    if files["train"] == JSON_PATH:  # without {split} there is only train
-        files = {"train": JSON_PATH}
-    found = {split: read_examples(file) for split, file in files.items()}
-    names = find_classes([example for examples, *_ in found.values() for example in examples])
-    train, _, columns = found["train"]
-    if not names and not any(example.captions for example in train):
-        sys.exit(f"nothing to learn: no product_title and fewer than two classes; {columns}")
-    say(f"{columns}; {len(names):,} classes: {', '.join(names):.200}")
-    splits, pixels, skipped = {}, {}, []
-    for split, (examples, left_out, _) in found.items():
-        how = files[split], examples, left_out, names, resolution
-        splits[split], pixels[split], lines = load_split(split, *how)
-        skipped += lines
-    say_what_is_skipped(skipped)
-    if "val" not in splits:
-        pixels["val"] = pixels["train"]
-        splits["train"], splits["val"] = hold_out(splits["train"])
-        say(f"val   {len(splits['val']):7,} images of train are held out: there is no val file")
-    for split in [split for split in splits if split != "train"]:
-        say_what_is_odd(split, splits[split], splits["train"])
-    return {split: FashionDataset(splits[split], pixels[split], names) for split in splits}
-
-
-def say_what_is_skipped(lines):
-    """Write skipped.jsonl, and report each kind of reason with its count and an example."""
-    write_lines("skipped.jsonl", lines)
-    kinds = Counter(line["reason"].partition(":")[0] for line in lines)
-    for kind, count in kinds.most_common():
-        first = next(line for line in lines if line["reason"].startswith(kind))
-        place = "{split}, line {line}: {reason:.200}".format(**first)
-        say(f"{count:13,} rows skipped, such as {place}. All: {OUTPUT_PATH}/skipped.jsonl")
 
 
 def say_what_is_odd(split, examples, train):
     """Report what makes a split measure something else than unseen images of trained classes."""
-    names = {e.class_name for e in examples} - {e.class_name for e in train} - {""}
+    names = {*chain(*(e.classes for e in examples))} - {*chain(*(e.classes for e in train))}
     if names:
         say(f"{split}: {len(names)} classes that train lacks: {', '.join(sorted(names)):.200}")
     digests = {example.digest for example in train}
-    seen = [example.image_path for example in examples if example.digest in digests]
+    seen = [example.path for example in examples if example.digest in digests]
     if seen:
         say(f"{split}: {len(seen)} images that train has too, such as {', '.join(seen[:3]):.200}")
 
@@ -863,7 +793,6 @@ def say_what_is_odd(split, examples, train):
 # ---- Images: decoded once into a file ------------------------------------------------------------
 def load_image(path, resolution):
     """An image as a viewer shows it, resized and cropped as CLIP does: uint8 [3, R, R]."""
-    Image.init()
     Image.MAX_IMAGE_PIXELS = None  # the limit is the one below
     image = Image.open(path, formats=[kind for kind in FORMATS if kind in Image.OPEN])
     width, height = image.size
@@ -876,8 +805,6 @@ def load_image(path, resolution):
     image.load()  # raises where the file is damaged, which a second load() no longer does
     with suppress(Exception):  # a broken EXIF block
         image = ImageOps.exif_transpose(image)
-    if (image.width > image.height) != (width > height):
-        width, height = height, width
     image = image.convert("I") if image.mode.startswith("I") else image
     if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] >= 2**16):
         raise ValueError("floating point or 32 bits a channel, save the image with 8")
@@ -888,8 +815,7 @@ def load_image(path, resolution):
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    size = [resolution * side // min(width, height) for side in (width, height)]
-    image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    image = resize(image.convert("RGB"), resolution, InterpolationMode.BICUBIC)
     return pil_to_tensor(center_crop(image, resolution)).contiguous()
 
 
@@ -897,8 +823,6 @@ def decode(path, resolution):
     """→ (pixels, a digest of 8 bytes, None), or (black pixels, one, why it cannot be used)."""
     reason, pixels = None, torch.zeros(3, resolution, resolution, dtype=torch.uint8)
     try:
-        if not os.path.isfile(path):
-            raise ValueError("there is no such file")
         pixels = load_image(path, resolution)
     except Exception as error:  # damaged files make Pillow raise nearly anything
         known = type(error) is ValueError
@@ -923,7 +847,7 @@ def write_cache(cache_file, paths, resolution):
         torch.save((torch.frombuffer(digests, dtype=torch.int64), unusable), file)
 
 
-def open_cache(split, paths, resolution):
+def open_cache(paths, resolution):
     """→ (pixels uint8 [N, 3, R, R], digests int64 [N], {row: why it is unusable}).
 
     Decodes if need be. The file's name is a digest of what it was made from: a file that exists is
@@ -931,22 +855,17 @@ def open_cache(split, paths, resolution):
     """
     digest = hashlib.sha256(Image.__version__.encode())
     for path in paths:
-        digest.update(repr(path).encode("utf-8", "replace"))
-        with suppress(OSError, ValueError):
-            status = os.stat(path)
-            facts = status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)
-            digest.update(b"%d %d %d" % facts)
-    cache_file = f"{CACHE_PATH}/{split}-{resolution}-{digest.hexdigest()[:16]}.u8"
+        status = os.stat(path)
+        facts = path, status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)
+        digest.update(repr(facts).encode("utf-8", "replace"))
+    cache_file = f"{CACHE_PATH}/{resolution}-{digest.hexdigest()[:16]}.u8"
     files = cache_file, f"{cache_file}.pt"
-    missing = LOCAL_RANK == 0 and not all(map(os.path.exists, files))
-    with ThreadPoolExecutor(1) as thread:  # the first process of each machine decodes
-        writing = thread.submit(write_cache, cache_file, paths, resolution) if missing else None
-        while all_reduce(torch.tensor(bool(writing) and not writing.done()).int()):
-            time.sleep(0.1)  # and all wait for the slowest, whatever an exchange's time-out is
-        if writing:
-            writing.result()
+    if LOCAL_RANK == 0 and not all(map(os.path.exists, files)):
+        write_cache(cache_file, paths, resolution)
+    if WORLD_SIZE > 1:  # all wait for the slowest machine, longer than another exchange may take
+        dist.barrier(dist.new_group(timeout=timedelta(days=7), backend="gloo"))
     if not all(map(os.path.exists, files)):
-        sys.exit(f"{cache_file} is not there: the first process of this machine says why")
+        sys.exit(f"{cache_file} is not there: do all processes of this machine see the same files?")
     shape = len(paths), 3, resolution, resolution
     pixels = torch.from_file(cache_file, size=math.prod(shape), dtype=torch.uint8).view(shape)
     return pixels, *torch.load(f"{cache_file}.pt", weights_only=True)
@@ -958,13 +877,12 @@ def tokenize(texts):
 
     Texts are the same if CLIP reads the same tokens, whatever their capitals or what it cuts off.
     """
-    tokens, keys = torch.zeros(len(texts), 77, dtype=torch.int32), torch.zeros(len(texts)).long()
+    parts = (texts[start : start + 10_000] for start in range(0, len(texts), 10_000))
+    parts = [clip_tokenize(part, truncate=True).int() for part in parts]
+    tokens = torch.cat([torch.zeros(0, 77, dtype=torch.int32), *parts])
     mix = torch.randint(2**62, (77,), generator=torch.Generator().manual_seed(0))
-    for start in range(0, len(texts), 10_000):
-        part = slice(start, start + 10_000)
-        tokens[part] = clip.tokenize(texts[part], truncate=True)
-        keys[part] = (tokens[part] * mix).sum(1)  # 64 bits, which sort faster than rows
-    distinct, rows = keys.unique(return_inverse=True)
+    keys = torch.cat([(part * mix).sum(1) for part in tokens.split(10_000)])  # of 64 bits
+    distinct, rows = keys.unique(return_inverse=True)  # which sorts them faster than rows
     return tokens[: len(distinct)].clone().index_copy_(0, rows, tokens), rows
 
 
@@ -974,51 +892,49 @@ class FashionDataset(Dataset):
     i may also be a list, a slice or a tensor of n indices: → ([n, 3, R, R], [n, 77]). The text is
     the image's first caption, or a class prompt where it has none.
 
-    tokens: int32 [T, 77], the distinct captions and prompts. captions[i]: the rows of tokens of
-    image i's captions or, where not titled[i], of its class's first prompt. prompts: int64 [K,
-    len(PROMPTS)]. pairs: int64 [P, 2], (image, caption). labels: int64 [N], in class_names; -1 for
-    none. queries: {caption: its text}, at most eight, which the figures show.
+    tokens: int32 [T, 77], num_captions distinct captions, then the first prompt of each class.
+    captions[i]: the rows of tokens of image i's captions or, where it has none, of its prompt.
+    prompts: int32 [K, len(PROMPTS), 77]. pairs: int64 [P, 2], (image, caption). labels: int64 [N],
+    in class_names; -1 for none. queries: {caption: its text}, at most eight, for the figures.
     """
 
     def __init__(self, examples, pixels, class_names):
         self.examples, self.pixels, self.class_names = examples, pixels, class_names
-        number = {name: i for i, name in enumerate(class_names)}
-        self.labels = torch.tensor([number.get(e.class_name, -1) for e in examples])
-        self.titled = torch.tensor([bool(e.captions) for e in examples])
         self.rows = torch.tensor([e.row for e in examples])
+        number = {(name,): i for i, name in enumerate(class_names)}
+        self.labels = torch.tensor([number.get(e.classes, -1) for e in examples])
         texts = list(dict.fromkeys(chain(*(e.captions for e in examples))))
+        captions, rows = tokenize(texts)
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
-        self.tokens, rows = tokenize(texts + prompts)
-        self.prompts = rows[len(texts) :].view(len(class_names), len(PROMPTS))
-        row_of = dict(zip(texts, rows.tolist(), strict=False))
-        self.captions = [list(dict.fromkeys(map(row_of.get, e.captions))) for e in examples]
+        self.prompts = clip_tokenize(prompts).int().view(-1, len(PROMPTS), 77)
+        self.num_captions, self.tokens = len(captions), torch.cat([captions, self.prompts[:, 0]])
+        row_of = dict(zip(texts, rows.tolist(), strict=True))
+        self.captions = [
+            list(dict.fromkeys(map(row_of.get, e.captions))) or [self.num_captions + label]
+            for e, label in zip(examples, self.labels.tolist(), strict=True)
+        ]
         pairs = [(i, caption) for i, captions in enumerate(self.captions) for caption in captions]
-        self.pairs = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
-        for i in (~self.titled).nonzero().flatten().tolist():
-            self.captions[i] = [int(self.prompts[self.labels[i], 0])]
+        pairs = torch.tensor(pairs)
+        self.pairs = pairs[pairs[:, 1] < self.num_captions]
         self.first_texts = torch.tensor([captions[0] for captions in self.captions])
-        some = [texts[i] for i in shuffled(len(texts))[:8]]
-        self.queries = {row_of[text]: text for text in some}
+        self.queries = {row_of[texts[i]]: texts[i] for i in shuffled(len(texts))[:8]}
 
     def __len__(self):
         return len(self.examples)
 
     def __getitem__(self, index):
         rows, shape = self.rows[index], self.pixels.shape[1:]
-        pinned = (
-            torch.cuda.is_available() and get_worker_info() is None
-        )  # for a GPU, without a copy
+        pinned = torch.cuda.is_available() and get_worker_info() is None  # for a GPU's own copy
         pixels = torch.empty(rows.shape + shape, dtype=torch.uint8, pin_memory=pinned)
         torch.index_select(self.pixels, 0, rows.flatten(), out=pixels.view(-1, *shape))
         return pixels, self.tokens[self.first_texts[index]]
 
     def targets(self, index):
         """→ (the Targets of a batch of these images, the K classes that it has, int64 [K])."""
-        titled, labels = self.titled[index].nonzero().squeeze(1), self.labels[index]
-        labelled = (labels >= 0) & (CLASS_WEIGHT > 0)
-        classes, places = labels[labelled].unique(return_inverse=True)
-        targets = torch.full_like(labels, -100).masked_scatter(labelled, places)
-        return Targets(titled, targets, (len(titled), len(places))), classes
+        titled = (self.first_texts[index] < self.num_captions).nonzero().squeeze(1)
+        labelled = ((self.labels[index] >= 0) & (CLASS_WEIGHT > 0)).nonzero().squeeze(1)
+        classes, places = self.labels[index][labelled].unique(return_inverse=True)
+        return Targets(titled, labelled, places), classes
 
 
 class Batch(NamedTuple):
@@ -1032,12 +948,11 @@ class Batch(NamedTuple):
 
 def epoch_batches(dataset, epoch, batch_size, first_step=0):
     """Yield an epoch's Batches from a step on. All that is random follows from SEED and epoch."""
-    generator = torch.Generator().manual_seed(SEED * 1_000_003 + epoch)
-    order = torch.randperm(len(dataset), generator=generator)
+    rng = random.Random(f"{SEED} {epoch}")
+    order = torch.tensor(rng.sample(range(len(dataset)), len(dataset)))
+    drawn = torch.tensor([rng.choice(captions) for captions in dataset.captions])
     steps = len(dataset) // batch_size  # the rest waits for another epoch's shuffle
-    templates = torch.randint(len(PROMPTS), (steps,), generator=generator)
-    draws = zip(torch.rand(len(order), generator=generator).tolist(), dataset.captions, strict=True)
-    drawn = torch.tensor([captions[int(draw * len(captions))] for draw, captions in draws])
+    templates = [rng.randrange(len(PROMPTS)) for _ in range(steps)]
 
     def load(step):
         whole = order[step * batch_size : (step + 1) * batch_size]
@@ -1046,7 +961,7 @@ def epoch_batches(dataset, epoch, batch_size, first_step=0):
         targets, classes = dataset.targets(whole)
         count = -(-len(classes) // WORLD_SIZE)  # in equal shares: some prompts are encoded twice
         share = torch.arange(RANK * count, (RANK + 1) * count) % max(1, len(classes))
-        prompts = dataset.tokens[dataset.prompts[classes[share], templates[step]]]
+        prompts = dataset.prompts[classes[share], templates[step]]
         return Batch(dataset[own][0], dataset.tokens[rows], inverse, prompts, len(classes), targets)
 
     return load_ahead(load, range(first_step, steps))
@@ -1064,10 +979,10 @@ def load_ahead(load, parts):
 
 
 # ---- The run: fingerprint, memory, saving and going on -------------------------------------------
-# The constants that change the weights: resuming refuses other values. BATCH_SIZE is apart.
+# The constants that change the weights: going on refuses other values. BATCH_SIZE is apart.
 HYPERPARAMETERS = ("MODEL", "NUM_EPOCHS", "LR", "WARMUP", "MAX_GRAD_NORM", "CLASS_WEIGHT", "SEED")
 HYPERPARAMETERS += ("PROMPTS", "CLASS_NAMES")
-SAVED = ("fingerprint", "chunk", "history", "views", "epoch", "step", "totals", "finished")
+SAVED = ("fingerprint", "chunk", "history", "views", "epoch", "step", "totals")
 STATEFUL = ("model", "optimizer", "scaler")  # saved as state_dicts
 
 
@@ -1075,13 +990,15 @@ def new_state(model, splits):
     """The run as it starts, on the model's device."""
     train = splits["train"]
     images = min(BATCH_SIZE, len(train))
-    share = images // WORLD_SIZE
-    if share == 0:
-        sys.exit(f"{WORLD_SIZE} processes cannot share a batch of {images}: start fewer")
+    if not (share := images // WORLD_SIZE):
+        sys.exit(f"{WORLD_SIZE} processes cannot share a batch of {images} images: start fewer")
     fingerprint = {name: globals()[name] for name in HYPERPARAMETERS}
     fingerprint["BATCH_SIZE in equal shares"] = batch_size = share * WORLD_SIZE
     for split, dataset in splits.items():
-        rows = repr([example[:5] for example in dataset.examples]).encode("utf-8", "replace")
+        rows = [
+            (os.path.basename(e.path), e.captions, e.classes, e.product) for e in dataset.examples
+        ]
+        rows = repr(rows).encode("utf-8", "replace")
         fingerprint[f"the rows of {split}"] = hashlib.sha256(rows).hexdigest()[:12]
     precision = choose_precision(model.mean.device)
     scaler = torch.amp.GradScaler(model.mean.device.type, enabled=precision == torch.float16)
@@ -1099,7 +1016,7 @@ def bytes_kept(model, precision, dataset, count):
         return tensor.detach()  # the tensor itself would keep its own graph alive
 
     pixels, tokens = dataset[shuffled(len(dataset))[:count]]
-    tokens = torch.cat([tokens, dataset.tokens[dataset.prompts[:count, 0]]])
+    tokens = torch.cat([tokens, dataset.prompts[:count, 0]])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         # Both are alive at once, so that no address is used twice.
         _ = encode_images(model, precision, pixels), encode_texts(model, precision, tokens)
@@ -1144,53 +1061,47 @@ def free_memory(device, root="/sys/fs/cgroup"):
 
 def save_run(state):
     """Write last.pt, from which the run goes on exactly."""
-    check_finite(state)
-    if RANK == 0:
-        saved = {name: getattr(state, name) for name in SAVED}
-        saved |= {name: getattr(state, name).state_dict() for name in STATEFUL}
-        with atomic_write(f"{OUTPUT_PATH}/last.pt") as file:
-            torch.save(saved, file)
+    read_losses(state, state.totals)  # stops where they are not finite
+    saved = {name: getattr(state, name) for name in SAVED}
+    save("last.pt", saved | {name: getattr(state, name).state_dict() for name in STATEFUL})
 
 
 def resume(state):
     """Go on from last.pt, where there is one. Stops where it is of another training."""
     path, chunk = f"{OUTPUT_PATH}/last.pt", state.chunk
     if os.path.exists(path):
-        saved, advice = None, "Move it, or set another OUTPUT_PATH to start anew"
+        saved = {}
         with suppress(Exception):  # a damaged file raises nearly anything
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or saved.keys() != {*SAVED, *STATEFUL}:
-            sys.exit(f"{path} is damaged, or of an older version of this script. {advice}")
-        refuse_changes(path, saved, state.fingerprint)
-        if saved["finished"]:
-            say(f"This run is finished: {OUTPUT_PATH} has its weights. To train further from them,")
-            say(f'set MODEL = "{OUTPUT_PATH}/best.pt" and another OUTPUT_PATH.')
-            sys.exit(0)
+            held = torch.load(path, map_location="cpu", weights_only=True)
+            saved = held if held.keys() == {*SAVED, *STATEFUL} else {}
+        refuse_changes(path, saved.get("fingerprint", {}), state.fingerprint)
         for name in SAVED:
             setattr(state, name, saved[name])
         for name in STATEFUL:
             if saved[name]:  # a scaler that scales nothing has saved nothing
                 getattr(state, name).load_state_dict(saved[name])
         # Larger chunks would add up in another order.
-        state.chunk = chunk if CHUNK_SIZE else min(chunk, saved["chunk"])
+        state.chunk = chunk if CHUNK_SIZE else min(chunk, state.chunk)
         say(f"Going on from {path}: epoch {state.epoch}, of which {state.step} steps are done.")
-    place = f"{state.epoch} {state.step} {state.fingerprint}".encode("utf-8", "replace")
+    place = repr((state.epoch, state.step, state.fingerprint)).encode("utf-8", "replace")
     place = int(hashlib.sha256(place).hexdigest()[:15], 16)
     if int(all_reduce(torch.tensor(place), dist.ReduceOp.MAX)) != place:
         sys.exit(f"{path} or the rows differ between processes: all have to see the same files")
 
 
-def refuse_changes(path, saved, new):
-    old, batch = saved["fingerprint"], "BATCH_SIZE in equal shares"
-    changed = [name for name in new | old if old.get(name) != new.get(name)]
-    changes = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in changed]
-    if batch in changed:
-        counts = [str(n) for n in range(1, old[batch] + 1) if old[batch] % n == 0]
+def refuse_changes(path, old, new):
+    """Stop, naming the constants and rows that are not those of the saved run."""
+    batch = "BATCH_SIZE in equal shares"
+    changes = [f"{k} was {old.get(k)}, is {v}" for k, v in new.items() if old.get(k) != v]
+    changes += [f"there were {name}" for name in old.keys() - new.keys()]
+    if batch in old and old[batch] != new[batch]:
+        counts = [str(count) for count in range(1, old[batch] + 1) if old[batch] % count == 0]
         changes.append(f"{', '.join(counts)} processes can share a batch of {old[batch]}")
-    further = f'To train further from its result, set MODEL = "{OUTPUT_PATH}/best.pt" and another '
-    advice = further if saved["finished"] else "Set it back to go on, or to start anew set another "
-    if changed:
-        sys.exit(f"{path} is of another training: {'; '.join(changes)}. {advice}OUTPUT_PATH")
+    if changes:
+        what = "; ".join(changes) if old else "it cannot be read"
+        further = f'to train further from its result also MODEL = "{OUTPUT_PATH}/best.pt"'
+        advice = f"Set that back to go on, or set another OUTPUT_PATH; {further}"
+        sys.exit(f"{path} is of another training: {what}. {advice}")
 
 
 # ---- Weights: files and the hub ------------------------------------------------------------------
@@ -1205,27 +1116,24 @@ HUB_NAMES = {  # OpenAI's models on the hub, as plain tensors: timm/….openai
 
 def check_config(config):
     """Raise ValueError where an open_clip_config.json describes another form than OpenAI's CLIP."""
-    model, preprocessing = config["model_cfg"], config.get("preprocess_cfg", {})
-    sizes = ("embed_dim", "vision_cfg", "text_cfg", "image_size", "size")
-    sizes += ("layers", "width", "patch_size")  # read from the tensors
+    model = config["model_cfg"]
+    found = model | model["vision_cfg"] | model["text_cfg"] | config.get("preprocess_cfg", {})
+    read_from_tensors = "embed_dim vision_cfg text_cfg image_size size layers width patch_size"
     form = {"context_length": 77, "vocab_size": 49408, "heads": model["text_cfg"]["width"] // 64}
     form |= {"quick_gelu": True, "head_width": 64, "mlp_ratio": 4, "mode": "RGB"}
     form |= {"interpolation": "bicubic", "resize_mode": "shortest"}
-    form |= {"mean": PIXEL_MEAN, "std": PIXEL_STD}
-    found = model | model["vision_cfg"] | model["text_cfg"] | preprocessing
-    found["quick_gelu"] = bool(model.get("quick_gelu"))
-    allowed = {name: [None, False, "", form.get(name)] for name in found} | {"quick_gelu": [True]}
-    other = [f"{k} is {v}" for k, v in found.items() if k not in sizes and v not in allowed[k]]
-    if other:
-        raise ValueError(f"it differs from OpenAI's CLIP: {', '.join(other)}")
+    form |= {"mean": PIXEL_MEAN, "std": PIXEL_STD} | dict.fromkeys(read_from_tensors.split())
+    other = [f"{k} is {v}" for k, v in found.items() if v and form.get(k, "") not in (v, None)]
+    if other or not model.get("quick_gelu"):
+        raise ValueError(f"it differs from OpenAI's CLIP: {', '.join(other) or 'no quick_gelu'}")
 
 
 def find_weights(name):
     """The path of MODEL's weights: a file as it is, or the hub's, whose form is checked first."""
     repository, file = HUB_NAMES.get(name), "open_clip_model.safetensors"
     repository = f"timm/{repository}.openai" if repository else name
-    suffix = Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors")
-    if os.path.exists(name) or suffix or repository.count("/") != 1:
+    is_file = Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors") or os.path.exists(name)
+    if is_file or repository.count("/") != 1:
         return name
     try:
         config = hub_file(repository, "open_clip_config.json")
@@ -1235,8 +1143,8 @@ def find_weights(name):
         raise
     except Exception as error:  # no such repository or file, or no way to the hub
         link = f"https://huggingface.co/{repository}/resolve/main/{file}"
-        advice = f"open_clip_config.json and {file} are needed; or download {link} yourself and set"
-        raise OSError(f'{brief(error)}. {advice} MODEL = "path/to/{file}"') from None
+        advice = f"Download {link} yourself and set MODEL = "
+        raise OSError(f'{brief(error)}. {advice}"path/to/{file}"') from None
 
 
 def hub_file(repository, name):
@@ -1246,44 +1154,34 @@ def hub_file(repository, name):
         return hf_hub_download(repository, name)
 
 
+def load_pickle(path):
+    """What torch.save or torch.jit.save has written."""
+    with warnings.catch_warnings(), suppress(RuntimeError):  # no archive
+        warnings.simplefilter("ignore")  # torch.jit.load is deprecated; OpenAI's files need it
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, UnpicklingError):  # torch advises to run the code in the file
+        raise ValueError("it holds more than tensors, or none: save model.state_dict()") from None
+
+
 def read_weights(path):
     """The tensors of a CLIP in a file, under OpenAI's names.
 
     The file: safetensors, a TorchScript archive as OpenAI's are, or a dictionary of tensors, which
     may lie in a checkpoint's "state_dict", "model_state_dict" or "model".
     """
-    weights = read_tensors(path)
+    weights = (load_file if str(path).endswith(".safetensors") else load_pickle)(path)
     for wrapper in ("state_dict", "model_state_dict", "model"):
         inner = weights.get(wrapper)
         weights = inner if isinstance(inner, dict) else weights
-    weights = {str(name): tensor for name, tensor in weights.items()}
-    if any(name.startswith("vision_model.") for name in weights):
-        raise ValueError("its tensors have transformers' names: see Recipes in data/README.md")
     words = "token_embedding.weight"  # a prefix of all names stands before this one
     prefix = next((name.removesuffix(words) for name in weights if name.endswith(words)), "")
     weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     if not {words, "positional_embedding", "visual.conv1.weight"} <= weights.keys():
-        raise ValueError(f"it holds {len(weights)} entries ({', '.join(weights):.100}), not a CLIP")
-    sizes = len(weights["positional_embedding"]), len(weights[words])
-    if sizes != (77, 49408):
-        raise ValueError(f"its text length and vocabulary are {sizes}, not (77, 49408)")
+        names = f"{len(weights)} tensors, {', '.join(weights):.100}"
+        raise ValueError(f"it holds {names}. For transformers' names see Recipes in data/README.md")
     return weights
-
-
-def read_tensors(path):
-    """The dictionary that a file of weights holds."""
-    if str(path).endswith(".safetensors"):
-        return load_file(path)
-    with warnings.catch_warnings(), suppress(RuntimeError):  # no archive
-        warnings.simplefilter("ignore")  # torch.jit.load is deprecated; OpenAI's files need it
-        return torch.jit.load(path, map_location="cpu").state_dict()
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, UnpicklingError) as error:  # torch advises to run the code in the file
-        found = str(error).partition("GLOBAL ")[2].split()[:1]
-        what = f"also {found[0]}; save model.state_dict() alone" if found else "no tensors"
-        raise ValueError(f"it holds {what}") from None
-    return held if isinstance(held, dict) else {type(held).__name__: held}
 
 
 # ---- Machine, processes and signals --------------------------------------------------------------
@@ -1293,17 +1191,16 @@ def prepare_machine():
         with suppress(AttributeError):  # a notebook's own
             # Windows' code pages lack most letters; a pipe, or a log, should show lines at once.
             stream.reconfigure(errors="replace", line_buffering=True)
-    device, hidden = torch.device("cpu"), os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # re-plans for every length of captions
-    elif shutil.which("nvidia-smi") and not hidden:
+    elif shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         say("THE GPU IS NOT USED: this torch finds none. See Troubleshooting in the README")
     if WORLD_SIZE > 1:
-        with_nccl = device.type == "cuda" and dist.is_nccl_available()
-        backend = "cpu:gloo,cuda:nccl" if with_nccl else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        is_nccl = device.type == "cuda" and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if is_nccl else "gloo")
         all_reduce(torch.zeros(1, device=device))  # NCCL takes its memory now, not at the peak
     return device
 
@@ -1343,12 +1240,11 @@ def stop_if_signalled(state):
 
 def progress(task, total, done=0):
     """A bar at a terminal; elsewhere, as in a notebook's cell or a log, a line every minute."""
-    how = {"leave": False}
-    if not sys.stderr.isatty():
-        form = "{desc}: {n_fmt} of {total_fmt}{postfix}, {rate_fmt}, {remaining} left\n"
-        how = {"delay": 60, "mininterval": 60, "miniters": 1, "bar_format": form}
-    how |= {"unit": " images", "disable": RANK > 0, "initial": done}
-    return tqdm(desc=task, total=total, **how)
+    how = {"desc": task, "total": total, "initial": done, "unit": " images", "disable": RANK > 0}
+    if sys.stderr.isatty():
+        return tqdm(leave=False, **how)
+    form = "{desc}: {n_fmt} of {total_fmt}{postfix}, {rate_fmt}, {remaining} left\n"
+    return tqdm(delay=60, mininterval=60, miniters=1, bar_format=form, **how)
 
 
 def say(line):
@@ -1362,12 +1258,11 @@ def say(line):
 def atomic_write(path):
     """A file to write, which on success replaces path at once."""
     of_host = f"{path}.{socket.gethostname()}"
-    for stale in glob.glob(f"{glob.escape(of_host)}.*.tmp"):
-        with suppress(OSError):
-            if not psutil.pid_exists(int(stale.split(".")[-2])):  # that run was killed
-                os.remove(stale)
     temporary = f"{of_host}.{os.getpid()}.tmp"
     try:
+        for stale in glob.glob(f"{glob.escape(of_host)}.*.tmp"):
+            if not psutil.pid_exists(int(stale.split(".")[-2])):  # that run was killed
+                os.remove(stale)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -1382,11 +1277,18 @@ def atomic_write(path):
         sys.exit(f"cannot write {path}: {error.__context__ or error}; what it held is untouched")
 
 
-def write_lines(name, rows):
-    """One JSON object per line, into that file of OUTPUT_PATH, by the first process."""
-    if RANK == 0:
-        with atomic_write(f"{OUTPUT_PATH}/{name}") as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+def save(name, content):
+    """Write that file of OUTPUT_PATH, from the first process: a figure, lines of JSON, tensors."""
+    if RANK > 0:
+        return
+    with atomic_write(f"{OUTPUT_PATH}/{name}") as file, warnings.catch_warnings():
+        if name.endswith(".png"):
+            warnings.filterwarnings("ignore", "Glyph|Matplotlib currently")  # lacks some letters
+            content.savefig(file, format="png", dpi=100, bbox_inches="tight", pad_inches=0.15)
+        elif name.endswith(".jsonl"):
+            file.writelines(json.dumps(row).encode() + b"\n" for row in content)
+        else:
+            torch.save(content, file)
 
 
 def brief(error, limit=300):
@@ -1394,8 +1296,11 @@ def brief(error, limit=300):
 
 
 RULES = {  # constants: (what each must be, whether it is); the last two make folders
-    "IMAGE_PATH": ("a folder that exists", os.path.isdir),
     "JSON_PATH": ("something that exists", lambda v: os.path.exists(v.replace("{split}", "train"))),
+    "IMAGE_PATH": (
+        "a folder that exists",
+        lambda v: os.path.isdir(v) or os.path.isdir(JSON_PATH.replace("{split}", "train")),
+    ),
     "MODEL": ("text in quotes", lambda v: isinstance(v, str)),
     "BATCH_SIZE": ("a whole number from 2 on", lambda v: type(v) is int and v >= 2),
     "NUM_EPOCHS": ("a whole number from 0 on", lambda v: type(v) is int and v >= 0),
@@ -1418,15 +1323,11 @@ def check_constants():
             sys.exit(f"{name} is {constants[name]!r}: write / between folders, not \\")
         if isinstance(constants[name], str):
             constants[name] = os.path.expanduser(constants[name])
-    if IMAGE_PATH == "data/indo-fashion" and not os.path.isdir(IMAGE_PATH):
-        if JSON_PATH == "data/indo-fashion/{split}_data.json":
-            say("IndoFashion is not in data/indo-fashion; data/README.md tells how to get it from")
-            say("kaggle.com. Running the bundled sample, whose constants are those in SAMPLE_RUN.")
-            constants.update(SAMPLE_RUN)
-        elif isinstance(JSON_PATH, str):  # image_path may be absolute
-            folders = (JSON_PATH, os.path.dirname(JSON_PATH), ".")  # a wrong one is named below
-            constants["IMAGE_PATH"] = next(filter(os.path.isdir, folders))
-            say(f"IMAGE_PATH is not set: image_path in a table is relative to {IMAGE_PATH}")
+    defaults = "data/indo-fashion", "data/indo-fashion/{split}_data.json"
+    if defaults == (IMAGE_PATH, JSON_PATH) and not os.path.isdir(IMAGE_PATH):
+        say("IndoFashion is not in data/indo-fashion; data/README.md tells how to get it from")
+        say("kaggle.com. Running the bundled sample, whose constants are those in SAMPLE_RUN.")
+        constants.update(SAMPLE_RUN)
     for names, (wanted, is_right) in RULES.items():
         for name in names.split():
             with suppress(Exception):  # of another type
@@ -1437,12 +1338,6 @@ def check_constants():
 
 
 # ---- Figures -------------------------------------------------------------------------------------
-def save_figure(name, figure):
-    with atomic_write(f"{OUTPUT_PATH}/{name}") as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently")  # lacks some letters
-        figure.savefig(file, format="png", dpi=100, bbox_inches="tight", pad_inches=0.15)
-
-
 def draw_curves(history, best_epoch):
     """curves.png: the epochs' lines of metrics.jsonl."""
     search = [f"{way}_r{k}" for way in DIRECTIONS for k in (1, 5)]
@@ -1459,7 +1354,7 @@ def draw_curves(history, best_epoch):
         axes.legend()
         axes.grid(alpha=0.3)
         axes.locator_params("x", integer=True)
-    save_figure("curves.png", figure)
+    save("curves.png", figure)
 
 
 def draw_confusion(dataset, views):
@@ -1486,7 +1381,7 @@ def draw_confusion(dataset, views):
         panel.set_xticks(range(len(names)), ticks, rotation=90, parse_math=False)
         panel.set_yticks(range(len(names)), ticks, parse_math=False)
     panels[0].set_ylabel("class, and the % of its images")
-    save_figure("confusion.png", figure)
+    save("confusion.png", figure)
 
 
 def draw_retrieval(dataset, views):
@@ -1510,7 +1405,7 @@ def draw_retrieval(dataset, views):
                 panel.set(xticks=[], yticks=[])
                 panel.spines[:].set(color="#148232" if image in own else color, linewidth=4)
     figure.text(0.5, 0.08, "dark frame: the caption's own image; light: its class", ha="center")
-    save_figure("retrieval.png", figure)
+    save("retrieval.png", figure)
 
 
 # ---- The whole run -------------------------------------------------------------------------------
@@ -1524,8 +1419,8 @@ def main():
     state = new_state(model, splits)
     resume(state)
     where = f"{str(state.precision)[6:]} on {WORLD_SIZE} × {device.type}"
-    say(f"{MODEL} in {where}, {state.chunk} images at a time; output in {OUTPUT_PATH}")
-    say(f"{NUM_EPOCHS} epochs of {state.steps_per_epoch} steps of {state.batch_size} images")
+    steps = f"{state.steps_per_epoch} steps of {state.batch_size} images, {state.chunk} at a time"
+    say(f"{MODEL} in {where}: {NUM_EPOCHS} epochs of {steps}; output in {OUTPUT_PATH}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, functools.partial(note_signal, state))
     try:

@@ -5,6 +5,7 @@ python data/search.py "red saree" 1.jpg    # answers these
 """
 
 import csv
+import glob
 import hashlib
 import html
 import io
@@ -27,7 +28,6 @@ CLASSES = ["saree", "men's kurta", "pair of palazzo pants"]  # for classes.csv; 
 RESULTS = 20  # photos in an answer
 MODEL, FOLDER = map(os.path.expanduser, (MODEL, FOLDER))
 
-ENDINGS = ic.image_endings()
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{0}</title>
 <meta name="viewport" content="width=device-width"><style>:root {{ color-scheme: light dark }}
 body {{ margin: 1.5rem; font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere }}
@@ -39,17 +39,14 @@ PHOTO = '<a href="{0}"><img src="{0}" alt="" loading="lazy"><br><b>{1:.3f}</b> {
 
 def find_images(folder):
     """→ ([(path, size, time)] of images, [why a file is left out]), with what links lead to."""
-    images, reasons, seen = [], [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        new = os.path.realpath(parent) not in seen  # else a link has led here again
-        seen.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if new and name[0] != ".")
-        for name in sorted(name for name in names if new and name[0] != "."):
-            path, ending = os.path.join(parent, name), os.path.splitext(name)[1].lower()
-            if ending in ENDINGS and os.path.isfile(path):
-                images.append((path, os.stat(path).st_size, os.stat(path).st_mtime_ns))
-            else:
-                reasons.append(f"no image by its ending, {ending or 'none'}: {path}")
+    images, reasons = [], []
+    paths = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)  # not hidden ones
+    for path in sorted(filter(os.path.isfile, paths)):
+        if path.lower().endswith(ic.ENDINGS):
+            images.append((path, os.stat(path).st_size, os.stat(path).st_mtime_ns))
+        else:
+            ending = os.path.splitext(path)[1].lower() or "none"
+            reasons.append(f"no image by its ending, {ending}: {path}")
     return images, reasons
 
 
@@ -88,7 +85,7 @@ def encode_new(model, precision, images, reasons):
 
 def classify(model, precision, paths, features):
     """classes.csv: each path, its likeliest class by the mean of PROMPTS, the probability."""
-    prompts = [ic.class_prompts("".join(ic.read_names(name))) for name in CLASSES]
+    prompts = [ic.class_prompts(ic.class_name(name)) for name in CLASSES]
     means = [ic.encode_texts(model, precision, ic.tokenize(texts)[0]).mean(0) for texts in prompts]
     means = torch.nn.functional.normalize(torch.stack(means).cpu(), dim=-1)  # [K, D]
     logits = model.logit_scale.exp().cpu() * features @ means.T
@@ -101,13 +98,14 @@ def classify(model, precision, paths, features):
 
 def answer(query, model, precision, paths, features):
     """Print the images nearest to words, or to an image, and write search.html → its address."""
-    if os.path.splitext(query)[1].lower() in ENDINGS or os.path.exists(os.path.expanduser(query)):
+    if query.lower().endswith(ic.ENDINGS) or os.path.exists(os.path.expanduser(query)):
         pixels, _, why = ic.decode(os.path.expanduser(query), model.visual.input_resolution)
         if why:
             return ic.say(why)
         asked = ic.encode_images(model, precision, pixels[None])
     else:
-        asked = ic.encode_texts(model, precision, ic.tokenize([ic.clean(query)])[0])
+        words = query.encode("utf-8", "ignore").decode("utf-8")  # a terminal's odd bytes
+        asked = ic.encode_texts(model, precision, ic.clip_tokenize(words, truncate=True))
     best, photos = (features @ asked[0].cpu()).topk(min(RESULTS, len(paths))), ""
     ic.say(f"{query}:")
     for similarity, i in zip(*(part.tolist() for part in best), strict=True):

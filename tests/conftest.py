@@ -14,6 +14,7 @@ import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,19 +93,17 @@ def make_batch(count, seed=0):
     pixels = torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=generator)
     which, order = torch.arange(count) % max(1, count * 2 // 3), torch.arange(count)
     titles = [f"saree number {i}" + " long" * (i % 5) for i in range(int(which.max()) + 1)]
-    titled, classes = order[order % 5 < 4], torch.where(order % 4 < 3, order % 3, -100)
-    targets = ic.Targets(titled, classes, (len(titled), int((classes >= 0).sum())))
-    prompts = ic.clip.tokenize(
-        [f"a photo of a {name}" for name in ("saree", "gown", "pair of shoes")]
-    )
-    return ic.Batch(pixels, ic.clip.tokenize(titles), which, prompts, 3, targets)
+    labelled = order[order % 4 < 3]
+    targets = ic.Targets(order[order % 5 < 4], labelled, labelled % 3)
+    prompts = clip.tokenize([f"a photo of a {name}" for name in ("saree", "gown", "pair of shoes")])
+    return ic.Batch(pixels, clip.tokenize(titles), which, prompts, 3, targets)
 
 
 def toy_dataset(labels, captions, pixels=None, class_names=None):
     """An image for each label, "" for none, with its caption, or several in a tuple."""
     captions = [(text,) if isinstance(text, str) else tuple(text) for text in captions]
     examples = [
-        ic.Example(str(i), texts, label, "", (i + 1,), row=i)
+        ic.Example("train", str(i), "", texts, (label,) if label else (), row=i)
         for i, (texts, label) in enumerate(zip(captions, labels, strict=True))
     ]
     pixels = torch.zeros(len(examples), 3, 64, 64, dtype=torch.uint8) if pixels is None else pixels
@@ -146,11 +145,10 @@ def textbook_losses(model, batch):
     similarity = scale * image_features[titled] @ text_features[titled].T
     log_likelihood = similarity.log_softmax(1).diagonal() + similarity.log_softmax(0).diagonal()
     caption_loss = -log_likelihood.mean() / 2
-    classes = batch.targets.classes.tolist()
+    labelled = zip(batch.targets.labelled, batch.targets.classes, strict=True)
     class_losses = [
         -(scale * image_features[i] @ prompt_features[: batch.num_classes].T).log_softmax(0)[label]
-        for i, label in enumerate(classes)
-        if label >= 0
+        for i, label in labelled
     ]
     return caption_loss, torch.stack(class_losses).mean()
 

@@ -42,7 +42,7 @@ def test_the_outputs_also_where_the_console_lacks_a_letter(tmp_path, dataset):
     assert all(w.dtype == torch.float32 for w in state.values())
     assert "Traceback" not in output and "Warning" not in output and "\r" not in output
     assert "24 images, 2 of them without a title; 22 captions; 0 rows skipped" in output
-    assert ", 8 images at a time; output in outputs\n2 epochs of 3 steps of 8 images\n" in output
+    assert ": 2 epochs of 3 steps of 8 images, 8 at a time; output in outputs\n" in output
     assert 'clip.load("outputs/best.pt")' in output.splitlines()[-1]
     assert set(os.listdir(tmp_path / "outputs")) == FILES
 
@@ -185,7 +185,7 @@ def test_awkward_datasets_are_learned_and_drawn(tmp_path, classes, train, val, t
 @pytest.mark.parametrize("classes", [60, 61])
 def test_above_60_classes_there_is_no_confusion(monkeypatch, classes):
     """It would take gigabytes at a thousand."""
-    monkeypatch.setattr(ic, "save_figure", (figures := {}).__setitem__)
+    monkeypatch.setattr(ic, "save", (figures := {}).__setitem__)
     data = toy_dataset([f"class {i:02}" for i in range(classes)], [()] * classes)
     ic.draw_confusion(data, dict.fromkeys(("before", "after"), {"predicted": data.labels}))
     assert len(figures) == (classes == 60)
@@ -194,7 +194,7 @@ def test_above_60_classes_there_is_no_confusion(monkeypatch, classes):
 
 
 def test_frames_tell_the_captions_image_and_its_class_from_others(monkeypatch):
-    monkeypatch.setattr(ic, "save_figure", (figures := {}).__setitem__)
+    monkeypatch.setattr(ic, "save", (figures := {}).__setitem__)
     titles, found = ["one", "two", "three", "four"], torch.tensor([[0, 1, 2], [3, 2, 1]] * 2)
     pixels = torch.arange(4).view(4, 1, 1, 1).expand(4, 3, 64, 64).byte()  # each its number
     data = toy_dataset(["x", "x", "y", ""], titles, pixels)

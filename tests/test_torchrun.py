@@ -69,7 +69,7 @@ def test_steps_of_processes_of_different_precision_are_the_textbooks(tmp_path, m
 
 # ---- Runs ----
 def test_two_machines_of_two_processes_are_as_one_process(tmp_path):
-    """They share a folder: only the first of a machine decodes a split, while the others wait."""
+    """They share a folder: only the first of a machine decodes, while the others wait."""
     data = conftest.make_dataset(tmp_path / "data", train=25, val=7)
     lines = """
         import os, time, torch
@@ -99,10 +99,12 @@ def test_two_machines_of_two_processes_are_as_one_process(tmp_path):
     for one, four in zip(by_one, by_four, strict=True):
         assert four == one | {k: pytest.approx(v, rel=1e-3) for k, v in one.items() if "loss" in k}
     assert not list(tmp_path.rglob("*.tmp"))
-    assert 3 <= output.count("DECODED") <= 6
+    assert 1 <= output.count("DECODED") <= 2
 
 
 def test_more_processes_than_images_end_with_a_line(monkeypatch):
     monkeypatch.setattr(ic, "WORLD_SIZE", 2)
-    with pytest.raises(SystemExit, match="2 processes cannot share a batch of 1: start fewer"):
+    with pytest.raises(
+        SystemExit, match="2 processes cannot share a batch of 1 images: start fewer"
+    ):
         ic.new_state(tiny_model(), {"train": ["an image"]})
