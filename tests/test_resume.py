@@ -102,7 +102,7 @@ RUNS = {  # their moments, what ends each process, and the steps that are saved,
     "told to stop": (
         [(*place, INT) for place in LOADING] + STOPPED + ENDS,
         [-INT] * len(LOADING) + [128 + stop[2] for stop in STOPPED] + [-TERM, 0],
-        ["10", "11", "14", "15", "20", "30"],
+        ["10", "11", "14", "15", "20", "23"],
     ),
 }
 
