@@ -872,20 +872,6 @@ def open_cache(paths, resolution):
 
 
 # ---- Dataset and batches -------------------------------------------------------------------------
-def tokenize(texts):
-    """→ (tokens int32 [T, 77] of the distinct texts, int64 [len(texts)], each text's row there).
-
-    Texts are the same if CLIP reads the same tokens, whatever their capitals or what it cuts off.
-    """
-    parts = (texts[start : start + 10_000] for start in range(0, len(texts), 10_000))
-    parts = [clip_tokenize(part, truncate=True).int() for part in parts]
-    tokens = torch.cat([torch.zeros(0, 77, dtype=torch.int32), *parts])
-    mix = torch.randint(2**62, (77,), generator=torch.Generator().manual_seed(0))
-    keys = torch.cat([(part * mix).sum(1) for part in tokens.split(10_000)])  # of 64 bits
-    distinct, rows = keys.unique(return_inverse=True)  # which sorts them faster than rows
-    return tokens[: len(distinct)].clone().index_copy_(0, rows, tokens), rows
-
-
 class FashionDataset(Dataset):
     """Images and their texts: dataset[i] → (pixels uint8 [3, R, R], tokens int32 [77]).
 
@@ -904,9 +890,11 @@ class FashionDataset(Dataset):
         number = {(name,): i for i, name in enumerate(class_names)}
         self.labels = torch.tensor([number.get(e.classes, -1) for e in examples])
         texts = list(dict.fromkeys(chain(*(e.captions for e in examples))))
-        captions, rows = tokenize(texts)
+        tokens = clip_tokenize(texts, truncate=True).int()
+        # Texts are one if CLIP reads the same tokens, whatever their capitals or what it cuts off.
+        captions, rows = tokens.unique(dim=0, return_inverse=True)
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
-        self.prompts = clip_tokenize(prompts).int().view(-1, len(PROMPTS), 77)
+        self.prompts = clip_tokenize(prompts, truncate=True).int().view(-1, len(PROMPTS), 77)
         self.num_captions, self.tokens = len(captions), torch.cat([captions, self.prompts[:, 0]])
         row_of = dict(zip(texts, rows.tolist(), strict=True))
         self.captions = [

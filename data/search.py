@@ -85,8 +85,9 @@ def encode_new(model, precision, images, reasons):
 
 def classify(model, precision, paths, features):
     """classes.csv: each path, its likeliest class by the mean of PROMPTS, the probability."""
-    prompts = [ic.class_prompts(ic.class_name(name)) for name in CLASSES]
-    means = [ic.encode_texts(model, precision, ic.tokenize(texts)[0]).mean(0) for texts in prompts]
+    texts = [ic.class_prompts(ic.class_name(name)) for name in CLASSES]
+    prompts = [ic.clip_tokenize(each, truncate=True) for each in texts]
+    means = [ic.encode_texts(model, precision, tokens).mean(0) for tokens in prompts]
     means = torch.nn.functional.normalize(torch.stack(means).cpu(), dim=-1)  # [K, D]
     logits = model.logit_scale.exp().cpu() * features @ means.T
     rows = zip(paths, *(part.tolist() for part in logits.softmax(1).max(1)), strict=True)
