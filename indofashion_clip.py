@@ -564,7 +564,7 @@ def evaluate(state, dataset):
         view["predicted"] = top_k(image_features, class_features, 1).squeeze(1).cpu()
         metrics |= classification_scores(dataset.labels, view["predicted"], len(class_features))
     if len(dataset.pairs):
-        text_features = text_features[: dataset.num_captions]
+        text_features = text_features[:-1]  # without the empty text
         metrics |= retrieval_recall(image_features, text_features, dataset.pairs)
         view["found"] = top_k(text_features[list(dataset.queries)], image_features, 5).cpu()
     seconds = time.perf_counter() - begin
@@ -876,10 +876,10 @@ class FashionDataset(Dataset):
     """Images and their texts: dataset[i] → (pixels uint8 [3, R, R], tokens int32 [77]).
 
     i may also be a list, a slice or a tensor of n indices: → ([n, 3, R, R], [n, 77]). The text is
-    the image's first caption, or a class prompt where it has none.
+    the image's first caption, or the empty text where it has none.
 
-    tokens: int32 [T, 77], num_captions distinct captions, then the first prompt of each class.
-    captions[i]: the rows of tokens of image i's captions or, where it has none, of its prompt.
+    tokens: int32 [C + 1, 77], the distinct captions, then the empty text. captions[i]: the rows of
+    tokens of image i's captions, or [-1]. first_texts: int64 [N], the first of these.
     prompts: int32 [K, len(PROMPTS), 77]. pairs: int64 [P, 2], (image, caption). labels: int64 [N],
     in class_names; -1 for none. queries: {caption: its text}, at most eight, for the figures.
     """
@@ -895,15 +895,11 @@ class FashionDataset(Dataset):
         captions, rows = tokens.unique(dim=0, return_inverse=True)
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
         self.prompts = clip_tokenize(prompts, truncate=True).int().view(-1, len(PROMPTS), 77)
-        self.num_captions, self.tokens = len(captions), torch.cat([captions, self.prompts[:, 0]])
+        self.tokens = torch.cat([captions, clip_tokenize("").int()])
         row_of = dict(zip(texts, rows.tolist(), strict=True))
-        self.captions = [
-            list(dict.fromkeys(map(row_of.get, e.captions))) or [self.num_captions + label]
-            for e, label in zip(examples, self.labels.tolist(), strict=True)
-        ]
+        self.captions = [[*dict.fromkeys(map(row_of.get, e.captions))] or [-1] for e in examples]
         pairs = [(i, caption) for i, captions in enumerate(self.captions) for caption in captions]
-        pairs = torch.tensor(pairs)
-        self.pairs = pairs[pairs[:, 1] < self.num_captions]
+        self.pairs = torch.tensor([pair for pair in pairs if pair[1] >= 0]).view(-1, 2)
         self.first_texts = torch.tensor([captions[0] for captions in self.captions])
         self.queries = {row_of[texts[i]]: texts[i] for i in shuffled(len(texts))[:8]}
 
@@ -919,7 +915,7 @@ class FashionDataset(Dataset):
 
     def targets(self, index):
         """→ (the Targets of a batch of these images, the K classes that it has, int64 [K])."""
-        titled = (self.first_texts[index] < self.num_captions).nonzero().squeeze(1)
+        titled = (self.first_texts[index] >= 0).nonzero().squeeze(1)
         labelled = ((self.labels[index] >= 0) & (CLASS_WEIGHT > 0)).nonzero().squeeze(1)
         classes, places = self.labels[index][labelled].unique(return_inverse=True)
         return Targets(titled, labelled, places), classes
