@@ -318,7 +318,7 @@ def forward_backward(state, batch):
     # One call for all texts: a second one would go through all weights and their gradients again.
     texts = in_chunks(state, encode_texts, torch.cat([batch.tokens, batch.prompts]))
     captions, prompts = texts.split([len(batch.tokens), len(batch.prompts)])
-    text_features = gather(F.embedding(to_device(batch.inverse, texts.device), captions))
+    text_features = gather(captions)
     prompt_features = gather(prompts)[: batch.num_classes] if len(prompts) else prompts
     losses = batch_losses(image_features, text_features, prompt_features, batch.targets, scale)
     state.scaler.scale(losses[0] + CLASS_WEIGHT * losses[1]).backward()
@@ -923,8 +923,7 @@ class FashionDataset(Dataset):
 
 class Batch(NamedTuple):
     pixels: torch.Tensor  # uint8 [b, 3, R, R], this process's share of the B images
-    tokens: torch.Tensor  # int32 [texts, 77], the share's distinct texts
-    inverse: torch.Tensor  # int64 [b], each image's row of tokens
+    tokens: torch.Tensor  # int32 [b, 77], their texts
     prompts: torch.Tensor  # int32 [ceil(K / processes), 77], the share of the K classes' prompts
     num_classes: int  # K
     targets: Targets  # of the B images
@@ -941,12 +940,11 @@ def epoch_batches(dataset, epoch, batch_size, first_step=0):
     def load(step):
         whole = order[step * batch_size : (step + 1) * batch_size]
         own = whole.chunk(WORLD_SIZE)[RANK]
-        rows, inverse = drawn[own].unique(return_inverse=True)
         targets, classes = dataset.targets(whole)
         count = -(-len(classes) // WORLD_SIZE)  # in equal shares: some prompts are encoded twice
         share = torch.arange(RANK * count, (RANK + 1) * count) % max(1, len(classes))
         prompts = dataset.prompts[classes[share], templates[step]]
-        return Batch(dataset[own][0], dataset.tokens[rows], inverse, prompts, len(classes), targets)
+        return Batch(dataset[own][0], dataset.tokens[drawn[own]], prompts, len(classes), targets)
 
     return load_ahead(load, range(first_step, steps))
 

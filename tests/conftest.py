@@ -96,7 +96,7 @@ def make_batch(count, seed=0):
     labelled = order[order % 4 < 3]
     targets = ic.Targets(order[order % 5 < 4], labelled, labelled % 3)
     prompts = clip.tokenize([f"a photo of a {name}" for name in ("saree", "gown", "pair of shoes")])
-    return ic.Batch(pixels, clip.tokenize(titles), which, prompts, 3, targets)
+    return ic.Batch(pixels, clip.tokenize(titles)[which], prompts, 3, targets)
 
 
 def toy_dataset(labels, captions, pixels=None, class_names=None):
@@ -138,7 +138,7 @@ def textbook_losses(model, batch):
     device = model.mean.device
     pixels = batch.pixels.to(device).float().div(255)
     image_features = F.normalize(model.encode_image((pixels - model.mean) / model.std), dim=-1)
-    tokens = batch.tokens[batch.inverse].to(device)
+    tokens = batch.tokens.to(device)
     text_features = F.normalize(model.encode_text(tokens), dim=-1)
     prompt_features = F.normalize(model.encode_text(batch.prompts.to(device)), dim=-1)
     scale, titled = model.logit_scale.exp(), batch.targets.titled.tolist()

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 import indofashion_clip as ic
 
-TRANSFERS = 8  # of a step, to the card: pixels, inverse, three Targets, three for the texts
-CHUNKED = 2 * 3 + 2 * 2 * 3 + 4  # three chunks of images and two of texts, each taken twice
+TRANSFERS = 7  # of a step, to the card: pixels, three Targets, three for the texts
+CHUNKED = 2 * 3 + 2 * 2 * 3 + 3  # three chunks of images and two of texts, each taken twice
 
 
 class Wait(Exception):

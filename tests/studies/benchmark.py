@@ -121,7 +121,7 @@ def this_script(count=BATCH, chunk=None, of_77_tokens=False, class_weight=1):
 def peer(model, optimizer, loss, max_norm=None, dtype=DTYPE):
     """A step as the others write it; loss: (tokens, pictures, 1 where there are any) → a scalar."""
     batch, _ = first_batch(BATCH)
-    tokens, precision = batch.tokens[batch.inverse].long(), getattr(torch, dtype)
+    tokens, precision = batch.tokens.long(), getattr(torch, dtype)
     parts = [part.to(DEVICE) for part in (tokens, batch.pixels / 255, tokens.sign())]
 
     def step():
@@ -215,7 +215,7 @@ def differences(count, chunk):
     """Of the loss and the gradients of a step from those of the textbook's step, in float32."""
     batch, _ = first_batch(count)
     targets = batch.targets._replace(labelled=count - 1 - batch.targets.labelled)
-    turned = {"pixels": batch.pixels.flip(0), "inverse": batch.inverse.flip(0), "targets": targets}
+    turned = {"pixels": batch.pixels.flip(0), "tokens": batch.tokens.flip(0), "targets": targets}
 
     def textbook(batch):
         return conftest.textbook_step(ic.load_clip(ic.MODEL).to(DEVICE), batch)
