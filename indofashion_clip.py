@@ -719,9 +719,9 @@ def load_splits(resolution):
     names = sorted({name for example in usable for name in example.classes})
     names = names if len(names) > 1 else []  # one has nothing to be told from
     say(f"{len(names):,} classes: {', '.join(names):.200}")
-    pixels, digests, unusable = open_cache([example.path for example in usable], resolution)
-    for row, (example, digest) in enumerate(zip(usable, digests.tolist(), strict=True)):
-        example.row, example.digest, example.reason = row, digest, unusable.get(row, "")
+    pixels, facts = open_cache([example.path for example in usable], resolution)
+    for row, (example, fact) in enumerate(zip(usable, facts, strict=True)):
+        example.row, (example.digest, example.reason) = row, fact
         if not example.captions and not (names and example.classes):
             example.reason = "no title, and no class to tell from others"
     parts = find_usable(tables, examples)
@@ -820,35 +820,32 @@ def load_image(path, resolution):
 
 
 def decode(path, resolution):
-    """→ (pixels, a digest of 8 bytes, None), or (black pixels, one, why it cannot be used)."""
-    reason, pixels = None, torch.zeros(3, resolution, resolution, dtype=torch.uint8)
+    """→ (pixels, a digest of 64 bits, ""), or (black pixels, one, why it cannot be used)."""
+    reason, pixels = "", torch.zeros(3, resolution, resolution, dtype=torch.uint8)
     try:
         pixels = load_image(path, resolution)
     except Exception as error:  # damaged files make Pillow raise nearly anything
         known = type(error) is ValueError
         reason = f"{error}: {path}" if known else f"it cannot be decoded: {path} ({brief(error)})"
     some = pixels[:, ::8].contiguous()  # an eighth of an image's rows tells it from others
-    return pixels, hashlib.blake2b(some.numpy(), digest_size=8).digest(), reason
+    return pixels, int(hashlib.blake2b(some.numpy(), digest_size=8).hexdigest(), 16), reason
 
 
 def write_cache(cache_file, paths, resolution):
-    """Decode N images into a file, uint8 [N, 3, R, R]; another has what open_cache returns too."""
-    digests, unusable, work = bytearray(), {}, functools.partial(decode, resolution=resolution)
+    """Decode N images into a file: pixels uint8 [N, 3, R, R], then the rest of decode as JSON."""
+    facts, work = [], functools.partial(decode, resolution=resolution)
     with atomic_write(cache_file) as file, ThreadPoolExecutor() as threads:
-        parts = (paths[start : start + 256] for start in range(0, len(paths), 256))
-        decoded = (result for part in parts for result in threads.map(work, part))
         with progress("decoding", len(paths)) as bar:
-            for row, (pixels, digest, reason) in enumerate(decoded):
-                file.write(pixels.numpy())
-                digests += digest
-                unusable |= {row: reason} if reason else {}
-                bar.update()
-    with atomic_write(f"{cache_file}.pt") as file:  # the last: where it exists, both are whole
-        torch.save((torch.frombuffer(digests, dtype=torch.int64), unusable), file)
+            for start in range(0, len(paths), 256):
+                for pixels, *fact in threads.map(work, paths[start : start + 256]):
+                    file.write(pixels.numpy())
+                    facts.append(fact)
+                    bar.update()
+        file.write(json.dumps(facts).encode())
 
 
 def open_cache(paths, resolution):
-    """→ (pixels uint8 [N, 3, R, R], digests int64 [N], {row: why it is unusable}).
+    """→ (pixels uint8 [N, 3, R, R], [a digest of the pixels, why they are unusable or ""] of N).
 
     Decodes if need be. The file's name is a digest of what it was made from: a file that exists is
     valid, and two datasets never share one. It is memory-mapped: the system keeps what it can.
@@ -858,17 +855,16 @@ def open_cache(paths, resolution):
         status = os.stat(path)
         facts = path, status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)
         digest.update(repr(facts).encode("utf-8", "replace"))
-    cache_file = f"{CACHE_PATH}/{resolution}-{digest.hexdigest()[:16]}.u8"
-    files = cache_file, f"{cache_file}.pt"
-    if LOCAL_RANK == 0 and not all(map(os.path.exists, files)):
+    cache_file = f"{CACHE_PATH}/{resolution}-{digest.hexdigest()[:12]}.u8"
+    if LOCAL_RANK == 0 and not os.path.exists(cache_file):
         write_cache(cache_file, paths, resolution)
     if WORLD_SIZE > 1:  # all wait for the slowest machine, longer than another exchange may take
         dist.barrier(dist.new_group(timeout=timedelta(days=7), backend="gloo"))
-    if not all(map(os.path.exists, files)):
-        sys.exit(f"{cache_file} is not there: do all processes of this machine see the same files?")
     shape = len(paths), 3, resolution, resolution
     pixels = torch.from_file(cache_file, size=math.prod(shape), dtype=torch.uint8).view(shape)
-    return pixels, *torch.load(f"{cache_file}.pt", weights_only=True)
+    with open(cache_file, "rb") as file:
+        file.seek(pixels.numel())
+        return pixels, json.load(file)
 
 
 # ---- Dataset and batches -------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def loaded(path, content, size=64):
     """The pixels of an image of those bytes, and why it is left out."""
     path.write_bytes(content)
     pixels, _, reason = ic.decode(str(path), size)
-    assert pixels.shape == (3, size, size) and (reason is None or str(path) in reason)
+    assert pixels.shape == (3, size, size) and (not reason or str(path) in reason)
     return pixels.float(), reason
 
 
@@ -265,7 +265,7 @@ def test_pictures_load_as_a_viewer_shows_them_whatever_they_are_called(tmp_path,
     kind, saved, how, shown, tolerance = SHOWN[name]
     pixels, reason = loaded(tmp_path / "a.jpg", as_bytes(saved, kind, **how))
     expected, _ = loaded(tmp_path / "b.jpg", as_bytes(shown.convert("RGB"), "PNG"))
-    assert reason is None and (pixels - expected).abs().mean() <= tolerance
+    assert not reason and (pixels - expected).abs().mean() <= tolerance
 
 
 def ramp(peak, kind, channels=1):
@@ -304,7 +304,7 @@ def test_sixteen_bits_are_read_and_eight_or_twelve_within_them_are_left_out(tmp_
         assert reason and "16 bits" in reason, peak
     pixels, reason = loaded(tmp_path / "a", DEPTHS[kind](65535))
     expected = torch.frombuffer(bytearray(ramp(255, "B")), dtype=torch.uint8).view(64, 64)
-    assert reason is None and (pixels - expected.float()).abs().max() <= 1
+    assert not reason and (pixels - expected.float()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("how", [{}, {"exif": TURNED}])
@@ -323,7 +323,7 @@ def test_jpegs_of_up_to_200_megapixels_are_read_and_larger_images_named(tmp_path
         return loaded(tmp_path / "large", as_bytes(Image.new("L", (side, side), 128), kind))
 
     pixels, reason = grey_square("JPEG", 14_080)  # more than twice Pillow's own limit
-    assert reason is None and (pixels == 128).all()
+    assert not reason and (pixels == 128).all()
     for kind, side in (("JPEG", 14_400), ("PNG", 9_500)):
         assert grey_square(kind, side)[1].startswith("too many pixels, make the image smaller")
 
@@ -426,18 +426,13 @@ def test_nothing_that_a_kill_left_half_written_is_taken_or_stays(paths, tmp_path
         ic.open_cache(paths, 64)
         """
     run_driver(tmp_path / "run", lines, {"CACHE_PATH": str(tmp_path / "cache")}, code=9)
-    assert files(".tmp") and not files(".u8") and not files(".pt")
+    assert files(".tmp") and not files(".u8")
     assert is_right(paths) and not files(".tmp")
-    for ending in (".pt", ".u8"):  # a kill between both; somebody who deleted the large ones
-        files(".u8")[0].write_bytes(bytes(files(".u8")[0].stat().st_size))
-        files(ending)[0].unlink()
-        assert is_right(paths), ending
+    files(".u8")[0].unlink()  # somebody has deleted the large ones
+    assert is_right(paths)
 
 
 def test_a_table_or_a_cache_out_of_reach_is_one_line(paths, monkeypatch):
-    with monkeypatch.context() as second:  # it waits for the first, and then finds nothing
-        second.setattr(ic, "LOCAL_RANK", 1)
-        assert "cache" in stop_of(cached, paths)
     fail = Mock(side_effect=OSError(errno.EROFS, "Read-only file system"))
     for module in (ic, Path, io):
         monkeypatch.setattr(module, "open", fail, raising=False)

@@ -235,7 +235,6 @@ def test_a_full_disk_leaves_the_old_file_a_message_and_no_debris(tmp_path, untou
     monkeypatch.setattr(os, "fsync", fsync)
     for full in (
         "64-*.u8",
-        "64-*.u8.pt",
         "metrics.jsonl",
         "best.pt",
         "last.pt",
