@@ -48,8 +48,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -1083,12 +1082,12 @@ def refuse_changes(path, old, new):
 
 
 # ---- Weights: files and the hub ------------------------------------------------------------------
-HUB_NAMES = {  # OpenAI's models on the hub, as plain tensors: timm/….openai
-    **{f"RN{size}": f"resnet{size}_clip" for size in ("50", "101", "50x4", "50x16", "50x64")},
-    "ViT-B/32": "vit_base_patch32_clip_224",
-    "ViT-B/16": "vit_base_patch16_clip_224",
-    "ViT-L/14": "vit_large_patch14_clip_224",
-    "ViT-L/14@336px": "vit_large_patch14_clip_336",
+HUB_NAMES = {  # OpenAI's models on the hub, as plain tensors
+    **{f"RN{n}": f"timm/resnet{n}_clip.openai" for n in ("50", "101", "50x4", "50x16", "50x64")},
+    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai",
+    "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
+    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai",
+    "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
 }
 
 
@@ -1108,28 +1107,25 @@ def check_config(config):
 
 def find_weights(name):
     """The path of MODEL's weights: a file as it is, or the hub's, whose form is checked first."""
-    repository, file = HUB_NAMES.get(name), "open_clip_model.safetensors"
-    repository = f"timm/{repository}.openai" if repository else name
+    repository = HUB_NAMES.get(name, name)
     is_file = Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors") or os.path.exists(name)
     if is_file or repository.count("/") != 1:
         return name
-    try:
-        config = hub_file(repository, "open_clip_config.json")
-        check_config(json.loads(Path(config).read_text(encoding="utf-8")))
-        return hub_file(repository, file)
-    except ValueError:  # another form, which no download mends
-        raise
-    except Exception as error:  # no such repository or file, or no way to the hub
-        link = f"https://huggingface.co/{repository}/resolve/main/{file}"
-        advice = f"Download {link} yourself and set MODEL = "
-        raise OSError(f'{brief(error)}. {advice}"path/to/{file}"') from None
+    config = hub_file(repository, "open_clip_config.json")
+    check_config(json.loads(Path(config).read_text(encoding="utf-8")))
+    return hub_file(repository, "open_clip_model.safetensors")
 
 
 def hub_file(repository, name):
+    """The path of a file of the hub: in the cache, without a request, or else fetched."""
+    cached = try_to_load_from_cache(repository, name)
     try:
-        return hf_hub_download(repository, name, local_files_only=True)
-    except LocalEntryNotFoundError:
-        return hf_hub_download(repository, name)
+        return cached if isinstance(cached, str) else hf_hub_download(repository, name)
+    except Exception as error:  # no such repository or file, or no way to the hub
+        file = "open_clip_model.safetensors"
+        link = f"https://huggingface.co/{repository}/resolve/main/{file}"
+        advice = f'Download {link} yourself and set MODEL = "path/to/{file}"'
+        raise OSError(f"{brief(error)}. {advice}") from None
 
 
 def load_pickle(path):
