@@ -607,23 +607,14 @@ def class_name(label):
     return sys.intern(" ".join(label.replace("_", " ").lower().split()))
 
 
-def read_text(path):
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        sys.exit(f"{path}, line {line}: no text in UTF-8. Save it as UTF-8 (in Excel: CSV UTF-8)")
-    except OSError as error:
-        sys.exit(f"{path}: it cannot be read ({brief(error)})")
-
-
 def read_rows(path):
     """Yield (line, row) of JSON Lines, of a JSON array (its places) or of a CSV.
 
     What is broken ends the run, with its line: nobody wants a model of half their rows.
     """
-    line, text = 1, read_text(path)
+    line = 1
     try:
+        text = Path(path).read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
             yield from enumerate(json.loads(text), 1)
         elif text.lstrip().startswith("{"):
@@ -639,9 +630,11 @@ def read_rows(path):
                     yield line, table_row(names, cells)
                 names = names or ["_".join(name.lower().split()) for name in cells]
                 line = reader.line_num + 1
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         line += getattr(error, "lineno", 1) - 1  # of a JSON array
-        advice = "Mend that line (a quote too many?); rows are JSON objects or those of a CSV"
+        if isinstance(error, UnicodeDecodeError):
+            line += error.object.count(b"\n", 0, error.start)
+        advice = "Mend that line (a quote too many?); rows are JSON objects or those of a CSV UTF-8"
         sys.exit(f"{path}, line {line}: {brief(error)}. {advice}")
 
 
@@ -662,7 +655,7 @@ def read_folder(folder):
     images = [name for name in names if name.lower().endswith(ENDINGS)]
     for number, name in enumerate(images, 1):
         texts, label = Path(folder, name).with_suffix(".txt"), Path(name).parent.name
-        titles = read_text(texts).splitlines() if texts.exists() else []
+        titles = texts.read_text("utf-8-sig", "replace").splitlines() if texts.exists() else []
         yield number, {"image_path": name, "product_title": titles, "class_label": label}
 
 
