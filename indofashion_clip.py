@@ -388,14 +388,11 @@ def read_losses(state, totals):
     """
     caption_loss, class_loss = (totals[:2] / totals[2].clamp(min=1)).tolist()
     loss = caption_loss + CLASS_WEIGHT * class_loss
-    if not torch.nn.utils.get_total_norm(state.model.parameters()).isfinite():
-        place = f"by step {state.step} of epoch {state.epoch}"
-        advice = f"lower LR and set another OUTPUT_PATH; {OUTPUT_PATH} holds the last good weights"
-        sys.exit(f"a weight is not finite {place}: {advice}")
-    if not math.isfinite(loss):
-        cause = "half precision overflows: take a GPU with bfloat16, or set CUDA_VISIBLE_DEVICES=-1"
-        advice = cause if state.precision == torch.float16 else "lower LR, or take another MODEL"
-        sys.exit(f"the loss is not finite in {str(state.precision)[6:]}: {advice}")
+    if not math.isfinite(loss + torch.nn.utils.get_total_norm(state.model.parameters())):
+        place = f"at step {state.step} of epoch {state.epoch}, in {str(state.precision)[6:]}"
+        advice = "lower LR, or leave float16 by a GPU with bfloat16 or by CUDA_VISIBLE_DEVICES=-1"
+        kept = f"Set another OUTPUT_PATH: {OUTPUT_PATH} holds the last good weights"
+        sys.exit(f"the loss or a weight is not finite {place}: {advice}. {kept}")
     return {"loss": loss, "caption_loss": caption_loss, "class_loss": class_loss}
 
 

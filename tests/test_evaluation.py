@@ -132,13 +132,11 @@ def test_twenty_thousand_classes_take_no_table_of_all_by_all(monkeypatch):
     assert not drawn.called
 
 
-@pytest.mark.parametrize(
-    "precision, advice",
-    [(torch.float16, "float16: half precision overflows"), (torch.float32, "float32: lower LR")],
-)
-def test_a_loss_that_is_not_finite_ends_the_run_in_a_line(encoders, monkeypatch, precision, advice):
+@pytest.mark.parametrize("precision", [torch.float16, torch.float32])
+def test_a_loss_that_is_not_finite_ends_the_run_in_a_line(encoders, monkeypatch, precision):
     monkeypatch.setattr(ic, "encode_images", lambda *inputs: look(*inputs) * math.inf)
-    with pytest.raises(SystemExit, match=f"the loss is not finite in {advice}") as stop:
+    words = f"not finite at step 0 of epoch 0, in {str(precision)[6:]}: lower LR"
+    with pytest.raises(SystemExit, match=words) as stop:
         ic.evaluate(make_state(precision=precision), DATA)
     assert "\n" not in str(stop.value)
 

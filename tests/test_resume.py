@@ -217,7 +217,7 @@ def test_broken_weights_are_not_saved(output_path):
     ic.save_run(state := make_state(signals=[TERM], epoch=2, step=3))
     before = (output_path / "last.pt").read_bytes()
     state.model.visual.proj.data[0, 0] = float("inf")
-    with pytest.raises(SystemExit, match="not finite by step 3 of epoch 2: lower LR"):
+    with pytest.raises(SystemExit, match="not finite at step 3 of epoch 2, in float32: lower LR"):
         ic.stop_if_signalled(state)
     assert (output_path / "last.pt").read_bytes() == before
 
