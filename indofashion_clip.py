@@ -496,16 +496,14 @@ def retrieval_recall(image_features, text_features, pairs):
     pairs: int64 [P, 2], (image, caption), all that belong together: any of an image's captions is
     right for it, and any image of a caption. An image without a caption can be found by mistake.
     """
-    images, captions = to_device(pairs, image_features.device).unbind(1)
-    keys, count = captions * len(image_features) + images, len(image_features)
-    titled, caption = images.unique(), torch.arange(len(text_features), device=images.device)
-    texts_found = top_k(image_features[titled], text_features, 10)  # [titled images, 10]
-    images_found = top_k(text_features, image_features, 10)  # [C, 10]
-    found = texts_found * count + titled[:, None], caption[:, None] * count + images_found
-    recall = {}
-    for way, keys_found in zip(DIRECTIONS, found, strict=True):
-        hits = torch.isin(keys_found, keys)
+    recall, pairs = {}, to_device(pairs, image_features.device)
+    queries, answers = image_features, text_features
+    for way in DIRECTIONS:
+        asked = pairs[:, 0].unique()
+        found = asked[:, None] * len(answers) + top_k(queries[asked], answers, 10)  # [asked, 10]
+        hits = torch.isin(found, pairs[:, 0] * len(answers) + pairs[:, 1])
         recall |= {f"{way}_r{k}": hits[:, :k].any(1).double().mean().item() for k in (1, 5, 10)}
+        queries, answers, pairs = answers, queries, pairs.flip(1)
     return recall
 
 
