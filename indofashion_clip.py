@@ -206,11 +206,11 @@ def image_tower(visual, images):
     return visual.ln_post(tokens) @ visual.proj
 
 
-def text_tower(model, tokens):
-    """The same as model.encode_text(tokens): int32 [C, 77] on the CPU → [C, D], without padding.
+def encode_texts(model, precision, tokens):
+    """Tokens int32 [C, 77] on the CPU → text_features float32 [C, D] of length 1.
 
-    The linear layers see only the captions' own tokens; attention, which is causal, pads them to
-    the longest caption.
+    Computes what model.encode_text does, without padding: the linear layers see only the captions'
+    own tokens; attention, which is causal, pads them to the longest caption.
     """
     lengths = tokens.argmax(1) + 1  # the end token has the highest number
     longest, device = int(lengths.max()), model.mean.device
@@ -225,9 +225,11 @@ def text_tower(model, tokens):
 
     # F.embedding: positions repeat, and indexing accumulates their gradients in no fixed order.
     positions = F.embedding(slots % longest, model.positional_embedding)
-    embedded = model.token_embedding(words) + positions
-    tokens = run_blocks(model.transformer, embedded, attend, end_tokens)
-    return model.ln_final(tokens) @ model.text_projection
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        embedded = model.token_embedding(words) + positions
+        texts = run_blocks(model.transformer, embedded, attend, end_tokens)
+        text_features = model.ln_final(texts) @ model.text_projection
+    return F.normalize(text_features.float(), dim=-1)
 
 
 def encode_images(model, precision, pixels):
@@ -239,13 +241,6 @@ def encode_images(model, precision, pixels):
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         image_features = image_tower(model.visual, images) if is_vit else model.visual(images)
     return F.normalize(image_features.float(), dim=-1)
-
-
-def encode_texts(model, precision, tokens):
-    """Tokens int32 [C, 77] on the CPU → text_features float32 [C, D] of length 1."""
-    with torch.autocast(model.mean.device.type, precision, enabled=precision != torch.float32):
-        text_features = text_tower(model, tokens)
-    return F.normalize(text_features.float(), dim=-1)
 
 
 # ---- Loss and step -------------------------------------------------------------------------------
