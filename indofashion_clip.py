@@ -125,9 +125,8 @@ def load_clip(name):
     try:
         if name == "tiny":
             torch.manual_seed(SEED)
-            image = 64, 2, 128, 16  # pixels, layers, width, patch
-            text = 77, 49408, 128, 2, 2  # tokens, vocabulary, width, heads, layers
-            model = clip_model.CLIP(64, *image, *text)  # 64: the width of the embeddings
+            # D; pixels, layers, width, patch; tokens, vocabulary, width, heads, layers
+            model = clip_model.CLIP(64, 64, 2, 128, 16, 77, 49408, 128, 2, 2)
         else:
             weights = read_weights(find_weights(name))
             model = clip_model.build_model(weights).float()
@@ -952,9 +951,7 @@ def new_state(model, splits):
     fingerprint = {name: globals()[name] for name in HYPERPARAMETERS}
     fingerprint["BATCH_SIZE in equal shares"] = batch_size = share * WORLD_SIZE
     for split, dataset in splits.items():
-        rows = [
-            (os.path.basename(e.path), e.captions, e.classes, e.product) for e in dataset.examples
-        ]
+        rows = [(Path(e.path).name, e.captions, e.classes, e.product) for e in dataset.examples]
         rows = repr(rows).encode("utf-8", "replace")
         fingerprint[f"the rows of {split}"] = hashlib.sha256(rows).hexdigest()[:12]
     precision = choose_precision(model.mean.device)
