@@ -516,20 +516,11 @@ def encode_all(state, encode, batches, bar):
     return torch.cat(features)
 
 
-def split_losses(state, dataset, image_features, text_features, prompt_features):
-    """The losses of a split by its first texts, in batches as large as training's."""
-    losses = []
-    for rows in shuffled(len(dataset)).split(state.batch_size):  # the file may be sorted by class
-        targets, classes = dataset.targets(rows)
-        texts, prompts = text_features[dataset.first_texts[rows]], prompt_features[classes, 0]
-        features = image_features[rows], texts, prompts
-        losses.append(batch_losses(*features, targets, state.model.logit_scale))
-    return read_losses(state, F.pad(torch.stack(losses).mean(0), (0, 1), value=1.0))
-
-
 @torch.no_grad()
 def evaluate(state, dataset):
     """Zero-shot classification and retrieval on a split; every process does it all.
+
+    The losses are by the first texts, in batches as large as training's.
 
     → (a line of metrics.jsonl; what the figures show: {"predicted": int64 [N], each image's class,
     "found": int64 [queries, 5], the images nearest to each of dataset.queries}).
@@ -542,8 +533,12 @@ def evaluate(state, dataset):
         features = encode_all(state, encode_texts, texts.split(256), bar)
     text_features, prompt_features = features.tensor_split([len(dataset.tokens)])
     prompt_features = prompt_features.unflatten(0, dataset.prompts.shape[:2])  # [K, PROMPTS, D]
-    features = image_features, text_features, prompt_features
-    metrics, view = split_losses(state, dataset, *features), {}
+    losses, scale = [], state.model.logit_scale
+    for rows in shuffled(count).split(state.batch_size):  # the file may be sorted by class
+        targets, classes = dataset.targets(rows)
+        first_texts, prompts = text_features[dataset.first_texts[rows]], prompt_features[classes, 0]
+        losses.append(batch_losses(image_features[rows], first_texts, prompts, targets, scale))
+    metrics, view = read_losses(state, F.pad(torch.stack(losses).mean(0), (0, 1), value=1.0)), {}
     if (dataset.labels >= 0).any():
         class_features = F.normalize(prompt_features.mean(1), dim=-1)  # [K, D]
         view["predicted"] = top_k(image_features, class_features, 1).squeeze(1).cpu()
