@@ -507,15 +507,6 @@ def classification_scores(labels, predicted, num_classes):
     return {"accuracy": right.sum().item() / len(labels), "macro_f1": f1.mean().item()}
 
 
-def encode_all(state, encode, batches, bar):
-    """The features float32 [N, D] of all batches."""
-    features = []
-    for batch in batches:
-        features.append(in_chunks(state, encode, batch))
-        bar.update(len(batch))
-    return torch.cat(features)
-
-
 @torch.no_grad()
 def evaluate(state, dataset):
     """Zero-shot classification and retrieval on a split; every process does it all.
@@ -528,10 +519,13 @@ def evaluate(state, dataset):
     begin, count = time.perf_counter(), len(dataset)
     batches = load_ahead(lambda rows: dataset[rows][0], torch.arange(count).split(256))
     texts = torch.cat([dataset.tokens, dataset.prompts.flatten(0, 1)])
+    features, places = [], [count, count + len(dataset.tokens)]
     with progress("evaluating", count + len(texts)) as bar:
-        image_features = encode_all(state, encode_images, batches, bar)
-        features = encode_all(state, encode_texts, texts.split(256), bar)
-    text_features, prompt_features = features.tensor_split([len(dataset.tokens)])
+        for encode, parts in ((encode_images, batches), (encode_texts, texts.split(256))):
+            for part in parts:
+                features.append(in_chunks(state, encode, part))
+                bar.update(len(part))
+    image_features, text_features, prompt_features = torch.cat(features).tensor_split(places)
     prompt_features = prompt_features.unflatten(0, dataset.prompts.shape[:2])  # [K, PROMPTS, D]
     losses, scale = [], state.model.logit_scale
     for rows in shuffled(count).split(state.batch_size):  # the file may be sorted by class
