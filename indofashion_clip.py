@@ -609,7 +609,7 @@ def read_rows(path):
         line += getattr(error, "lineno", 1) - 1  # of a JSON array
         if isinstance(error, UnicodeDecodeError):
             line += error.object.count(b"\n", 0, error.start)
-        advice = "Mend that line (a quote too many?); rows are JSON objects or those of a CSV UTF-8"
+        advice = "Mend that line (a quote too many?), or save the table as CSV UTF-8"
         sys.exit(f"{path}, line {line}: {brief(error)}. {advice}")
 
 
@@ -852,19 +852,17 @@ class FashionDataset(Dataset):
         self.rows = torch.tensor([e.row for e in examples])
         number = {(name,): i for i, name in enumerate(class_names)}
         self.labels = torch.tensor([number.get(e.classes, -1) for e in examples])
-        texts = list(dict.fromkeys(chain(*(e.captions for e in examples))))
-        tokens = clip_tokenize(texts, truncate=True).int()
-        # Texts are one if CLIP reads the same tokens, whatever their capitals or what it cuts off.
-        captions, rows = tokens.unique(dim=0, return_inverse=True)
+        texts = {text.lower(): text for e in examples for text in e.captions}  # alike to CLIP
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
-        self.prompts = clip_tokenize(prompts, truncate=True).int().view(-1, len(PROMPTS), 77)
-        self.tokens = torch.cat([captions, clip_tokenize("").int()])
-        row_of = dict(zip(texts, rows.tolist(), strict=True))
-        self.captions = [[*dict.fromkeys(map(row_of.get, e.captions))] or [-1] for e in examples]
+        self.tokens = clip_tokenize([*texts, ""], truncate=True)
+        self.prompts = clip_tokenize(prompts, truncate=True).view(-1, len(PROMPTS), 77)
+        row_of = {text: row for row, text in enumerate(texts)}
+        captions = (dict.fromkeys(row_of[text.lower()] for text in e.captions) for e in examples)
+        self.captions = [[*rows] or [-1] for rows in captions]
         pairs = [(i, caption) for i, captions in enumerate(self.captions) for caption in captions]
         self.pairs = torch.tensor([pair for pair in pairs if pair[1] >= 0]).view(-1, 2)
         self.first_texts = torch.tensor([captions[0] for captions in self.captions])
-        self.queries = {row_of[texts[i]]: texts[i] for i in shuffled(len(texts))[:8]}
+        self.queries = {i: [*texts.values()][i] for i in shuffled(len(texts))[:8].tolist()}
 
     def __len__(self):
         return len(self.examples)
