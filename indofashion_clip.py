@@ -854,8 +854,8 @@ class FashionDataset(Dataset):
         self.labels = torch.tensor([number.get(e.classes, -1) for e in examples])
         texts = {text.lower(): text for e in examples for text in e.captions}  # alike to CLIP
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
-        self.tokens = clip_tokenize([*texts, ""], truncate=True)
-        self.prompts = clip_tokenize(prompts, truncate=True).view(-1, len(PROMPTS), 77)
+        self.tokens = clip_tokenize([*texts.values(), ""], truncate=True).int()
+        self.prompts = clip_tokenize(prompts, truncate=True).int().view(-1, len(PROMPTS), 77)
         row_of = {text: row for row, text in enumerate(texts)}
         captions = (dict.fromkeys(row_of[text.lower()] for text in e.captions) for e in examples)
         self.captions = [[*rows] or [-1] for rows in captions]

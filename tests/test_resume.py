@@ -89,7 +89,7 @@ STRUCK = """
     ic.main()
 """
 KILL, TERM, INT = int(signal.SIGKILL), int(signal.SIGTERM), int(signal.SIGINT)
-LOADING = [("ic.load_clip", 1), ("ic.decode", 3), ("torch.save", 1), ("ic.resume", 1)]
+LOADING = [("ic.load_clip", 1), ("ic.decode", 3), ("ic.resume", 1)]
 KILLED = [*LOADING, ("ic.evaluate", 1), ("torch.save", 1), ("ic.save", 2), ("torch.save", 2)]
 KILLED += [("ic.train_step", 5), ("ic.evaluate", 1), ("ic.save", 2), ("os.replace", 3)]
 KILLED += [("torch.save", 2)] * 5  # whichever epoch is the best
