@@ -1086,10 +1086,8 @@ def hub_file(repository, name):
     try:
         return cached if isinstance(cached, str) else hf_hub_download(repository, name)
     except Exception as error:  # no such repository or file, or no way to the hub
-        file = "open_clip_model.safetensors"
-        link = f"https://huggingface.co/{repository}/resolve/main/{file}"
-        advice = f'Download {link} yourself and set MODEL = "path/to/{file}"'
-        raise OSError(f"{brief(error)}. {advice}") from None
+        link = f"https://huggingface.co/{repository}/resolve/main/open_clip_model.safetensors"
+        raise OSError(f"{brief(error)}. Download {link}, and set MODEL to its path") from None
 
 
 def load_pickle(path):

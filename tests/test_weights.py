@@ -266,7 +266,7 @@ REFUSED = {  # a start: what its line says
     "no/clip": "vision_cfg",
     "no/repository": "404",
     "breaks/off": "500.* Download https://huggingface.co/breaks/off/resolve/main/open_clip_model.s",
-    "ViT-L/14": "locate the file on the Hub.*/vit_large_patch14_clip_224.openai/.* MODEL = .path/",
+    "ViT-L/14": "locate the file on the Hub.*/vit_large_patch14_clip_224.openai/.* MODEL to its",
 }
 
 
