@@ -1278,12 +1278,12 @@ def draw_curves(history, best_epoch):
     """curves.png: the epochs' lines of metrics.jsonl."""
     search = [f"{way}_r{k}" for way in DIRECTIONS for k in (1, 5)]
     panels = {"loss": ["train_loss", "loss"], "classes": ["accuracy", "macro_f1"], "search": search}
+    lines = [line for line in history if line["split"] == "val"]
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for key in keys:
-            lines = [line for line in history if key in line]
-            epochs, values = [line["epoch"] for line in lines], [line[key] for line in lines]
-            axes.plot(epochs, values, marker=".", label=key)
+            values = [line.get(key, math.nan) for line in lines]
+            axes.plot([line["epoch"] for line in lines], values, marker=".", label=key)
         axes.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
         axes.set(title=title, xlabel="epoch (0 is before training)")
         axes.set_ylim((None, None) if title == "loss" else (-0.03, 1.03))
