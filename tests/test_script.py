@@ -111,7 +111,7 @@ def test_the_bundled_sample_is_learned(tmp_path):
 # ---- Constants that cannot work ----
 PATHS = "IMAGE_PATH", "JSON_PATH", "OUTPUT_PATH", "CACHE_PATH"
 NUMBERS = {"BATCH_SIZE": 1, "NUM_EPOCHS": 1.5, "LR": 0, "WARMUP": 1.1, "MAX_GRAD_NORM": 0}
-NUMBERS |= {"CLASS_WEIGHT": float("inf"), "SEED": 2**31 + 1}
+NUMBERS |= {"CLASS_WEIGHT": float("inf"), "SEED": 0.5}
 WRONG = dict.fromkeys(PATHS, [None, 3.5, "", "a_file/below", "nul\0"])
 WRONG |= {name: [value, -1, "1", None, float("nan")] for name, value in NUMBERS.items()}
 WRONG |= {"MODEL": [None, "", 32, "ViT-Z/99", "missing.pt", "a_file"], "CHUNK_SIZE": [0, 1.5, "32"]}
