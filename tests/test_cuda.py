@@ -125,9 +125,9 @@ def card(monkeypatch):
     return card
 
 
-def make_rows(count=20, side=64, words=""):
-    pixels = (torch.arange(count * 3 * side**2) % 251).byte().view(count, 3, side, side)
-    captions = [f"saree {i // 2}{words}" for i in range(count)]
+def make_rows(count=20, side=64):
+    pixels = torch.zeros(count, 3, side, side, dtype=torch.uint8)
+    captions = [f"saree {i // 2}" + " long" * 50 for i in range(count)]
     return toy_dataset(["saree", "gown"] * (count // 2), captions, pixels)
 
 
@@ -146,10 +146,6 @@ def make_clip(*sizes):
     for name in ("mean", "std"):
         model.register_buffer(name, torch.ones(3, 1, 1), persistent=False)
     return model
-
-
-def last_line(waited):
-    return [line for line in waited.traceback if line.path.name == "indofashion_clip.py"][-1]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +199,7 @@ def test_two_processes_go_on_and_wait_only_for_their_mean_loss(card, monkeypatch
     card.transfers.clear()
     with card, pytest.raises(Wait) as waited:
         ic.train_epoch(state, make_rows(), Mock())
-    assert last_line(waited).name == "read_losses"
+    assert "read_losses" in [line.name for line in waited.traceback]
     assert state.step == 2 and state.totals.is_cuda
     assert card.transfers == [False] + [True] * TRANSFERS * 2  # first, once: the totals
     assert not any(len(shape) == 4 for shape in card.copied)  # pixels are gathered pinned
@@ -215,7 +211,7 @@ def test_the_evaluation_waits_only_when_all_is_encoded(card):
     state = start(card, tiny_model(), chunk=3)
     with card, pytest.raises(Wait) as waited:
         ic.evaluate(state, make_rows())
-    assert last_line(waited).name == "read_losses"
+    assert "read_losses" in [line.name for line in waited.traceback]
     assert not any(len(shape) == 4 for shape in card.copied)
 
 
@@ -227,7 +223,7 @@ def test_the_chunk_found_keeps_a_step_within_the_free_memory(card, monkeypatch):
     monkeypatch.setattr(ic.dist, "all_reduce", lambda tensor, _: tensor)
     for name, value in {"WORLD_SIZE": 2, "CHUNK_SIZE": None, "BATCH_SIZE": 48}.items():
         monkeypatch.setattr(ic, name, value)
-    rows = make_rows(48, 224, " long" * 50)
+    rows = make_rows(48, 224)
     with card:
         model = make_clip(64, 224, 2, 512, 16).to("cuda:0")
         before = card.peak
