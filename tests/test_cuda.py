@@ -4,6 +4,7 @@ A fake has a shape, a dtype and a device but no values: what mixes devices fails
 what reads a value, for which the host would wait for the card, is noticed.
 """
 
+import queue
 import threading
 import weakref
 from collections import defaultdict
@@ -35,7 +36,7 @@ class Card(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.transfers = []  # of each from the host to the card: does the host go on meanwhile?
         self.dtypes = defaultdict(set)  # {operation: {the dtypes of what it got at a time}}
-        self.pinned, self.copied = weakref.WeakSet(), []  # storages, shapes that were copied to be
+        self.pinned = weakref.WeakSet()  # storages
         self.native = True  # or it emulates bfloat16, and has no flash attention, as a T4
         self.held, self.peak = weakref.WeakSet(), 0  # storages, and the most bytes of all
 
@@ -104,14 +105,8 @@ def card(monkeypatch):
     def new(*shape, pin_memory=False, **how):
         return card.pin(empty(*shape, **how)) if pin_memory else empty(*shape, **how)
 
-    def pin_memory(tensor):
-        if tensor.untyped_storage() not in card.pinned:
-            card.copied.append(tuple(tensor.shape))
-            tensor = card.pin(tensor.clone())
-        return tensor
-
     patch(torch, "empty", new)
-    patch(torch.Tensor, "pin_memory", pin_memory)
+    patch(torch.Tensor, "pin_memory", lambda tensor: card.pin(tensor.clone()))
     patch(torch.Tensor, "backward", backward)
     patch(torch._C, "_current_graph_task_id", lambda: 1)  # checkpoint asks; its graphs are new
     patch(F, "scaled_dot_product_attention", card.attention)
@@ -179,9 +174,7 @@ def test_two_processes_go_on_and_wait_only_for_their_mean_loss(card, monkeypatch
     monkeypatch.setattr(ic, "OUTPUT_PATH", str(tmp_path))
     saved = ic.new_state(tiny_model(), {"train": make_rows()})
     saved.scaler = torch.amp.GradScaler("cpu", 2.0**10)
-    with monkeypatch.context() as host:
-        host.setattr(torch.cuda, "is_available", lambda: False)
-        ic.train_step(saved, make_batch(8))
+    ic.train_step(saved, make_batch(8))
     saved.epoch = 2  # in the first, the loss is shown after a step
     ic.save_run(saved)
     loaded = torch.load(tmp_path / "last.pt", weights_only=True)
@@ -202,7 +195,6 @@ def test_two_processes_go_on_and_wait_only_for_their_mean_loss(card, monkeypatch
     assert "read_losses" in [line.name for line in waited.traceback]
     assert state.step == 2 and state.totals.is_cuda
     assert card.transfers == [False] + [True] * TRANSFERS * 2  # first, once: the totals
-    assert not any(len(shape) == 4 for shape in card.copied)  # pixels are gathered pinned
     step = [("cuda", 3)] * 3 + [("cuda", 1), ("cpu", 0)]  # features, all gradients, signals
     assert reduced == [("cpu", 0)] * 2 + step * 2  # first the precision, and the place in the run
 
@@ -212,7 +204,6 @@ def test_the_evaluation_waits_only_when_all_is_encoded(card):
     with card, pytest.raises(Wait) as waited:
         ic.evaluate(state, make_rows())
     assert "read_losses" in [line.name for line in waited.traceback]
-    assert not any(len(shape) == 4 for shape in card.copied)
 
 
 def test_the_chunk_found_keeps_a_step_within_the_free_memory(card, monkeypatch):
@@ -235,20 +226,20 @@ def test_the_chunk_found_keeps_a_step_within_the_free_memory(card, monkeypatch):
 
 
 def test_batches_are_loaded_ahead_by_a_thread_of_the_same_card(monkeypatch):
-    started, devices, own = [threading.Event() for _ in range(3)], {}, threading.get_ident
+    started, cards, own = queue.Queue(), {}, threading.get_ident
 
-    def load(i):
-        started[i].set()
-        return i, own()
+    def load(part):
+        started.put(part)
+        return part, own()
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda card: devices.update({own(): card}))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: cards.update({own(): card}))
     monkeypatch.setattr(ic, "LOCAL_RANK", 3)
     batches = ic.load_ahead(load, range(3))
     first = next(batches)
-    assert started[1].wait(10) and not started[2].is_set()
+    assert [started.get(timeout=10) for _ in range(2)] == [0, 1] and started.empty()
     order, threads = zip(first, *batches, strict=True)
-    assert order == (0, 1, 2) and own() not in threads and devices == dict.fromkeys(threads, 3)
+    assert order == (0, 1, 2) and own() not in threads and cards == dict.fromkeys(threads, 3)
 
 
 # ---- The machine ----
