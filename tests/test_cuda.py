@@ -36,7 +36,7 @@ class Card(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.transfers = []  # of each from the host to the card: does the host go on meanwhile?
         self.dtypes = defaultdict(set)  # {operation: {the dtypes of what it got at a time}}
-        self.pinned = weakref.WeakSet()  # storages
+        self.pinned = weakref.WeakSet()  # storages of the host
         self.native = True  # or it emulates bfloat16, and has no flash attention, as a T4
         self.held, self.peak = weakref.WeakSet(), 0  # storages, and the most bytes of all
 
@@ -147,7 +147,7 @@ def make_clip(*sizes):
     "kind, native, chunk, transfers",
     [("ViT", True, 8, TRANSFERS), ("ViT", False, 3, CHUNKED), ("RN", False, 8, TRANSFERS)],
 )
-def test_a_step_waits_for_nothing(card, kind, native, chunk, transfers):
+def test_a_step_never_waits_and_an_evaluation_at_its_end(card, kind, native, chunk, transfers):
     """In bfloat16, or in scaled float16, in chunks or not, by the card's own attention."""
     card.native, dtype = native, torch.bfloat16 if native else torch.float16
     model = tiny_model() if kind == "ViT" else make_clip(64, 64, (1, 1, 1, 1), 8, None)
@@ -166,6 +166,9 @@ def test_a_step_waits_for_nothing(card, kind, native, chunk, transfers):
     assert card.dtypes[f"aten._scaled_dot_product_{kernel}_attention_backward.default"]
     assert "aten._fused_adam_.default" in card.dtypes
     assert set(state.optimizer.state) == set(model.parameters())  # each had a gradient
+    with card, pytest.raises(Wait) as waited:
+        ic.evaluate(state, make_rows())
+    assert "read_losses" in [line.name for line in waited.traceback]
 
 
 def test_two_processes_go_on_and_wait_only_for_their_mean_loss(card, monkeypatch, tmp_path):
@@ -197,13 +200,6 @@ def test_two_processes_go_on_and_wait_only_for_their_mean_loss(card, monkeypatch
     assert card.transfers == [False] + [True] * TRANSFERS * 2  # first, once: the totals
     step = [("cuda", 3)] * 3 + [("cuda", 1), ("cpu", 0)]  # features, all gradients, signals
     assert reduced == [("cpu", 0)] * 2 + step * 2  # first the precision, and the place in the run
-
-
-def test_the_evaluation_waits_only_when_all_is_encoded(card):
-    state = start(card, tiny_model(), chunk=3)
-    with card, pytest.raises(Wait) as waited:
-        ic.evaluate(state, make_rows())
-    assert "read_losses" in [line.name for line in waited.traceback]
 
 
 def test_the_chunk_found_keeps_a_step_within_the_free_memory(card, monkeypatch):

@@ -102,8 +102,12 @@ def test_two_machines_of_two_processes_are_as_one_process(tmp_path):
     assert 1 <= output.count("DECODED") <= 2
 
 
-def test_more_processes_than_images_end_with_a_line(monkeypatch):
+def test_what_keeps_processes_from_sharing_a_run_is_one_line(monkeypatch):
     monkeypatch.setattr(ic, "WORLD_SIZE", 2)
     line = "2 processes cannot share a batch of 1 images: start fewer"
     with pytest.raises(SystemExit, match=line):
         ic.new_state(tiny_model(), {"train": ["an image"]})
+    monkeypatch.setattr(ic, "all_reduce", lambda place, _: place + 1)  # another process's
+    line = "last.pt or the rows differ between processes: all have to see the same files"
+    with pytest.raises(SystemExit, match=line):
+        ic.resume(conftest.make_state())
