@@ -216,24 +216,18 @@ def test_a_full_disk_leaves_the_old_file_a_message_and_no_debris(tmp_path, untou
     assert_as_untouched(tmp_path, untouched)
 
 
-def test_a_file_that_is_held_for_a_moment_is_replaced_at_last(tmp_path, monkeypatch):
-    """As Windows' scanners hold a new file, which is whole on the disk by then."""
+def test_a_held_file_is_replaced_and_what_killed_runs_left_is_removed(tmp_path, monkeypatch):
+    """Windows' scanners hold a new file. What runs that go on or other machines write stays."""
     answers = [PermissionError(13, "Access is denied")] * 3 + [DEFAULT]
     monkeypatch.setattr(os, "replace", Mock(wraps=os.replace, side_effect=answers))
     monkeypatch.setattr(os, "fsync", on_disk := Mock())
     monkeypatch.setattr(ic.time, "sleep", lambda seconds: None)
-    with ic.atomic_write(tmp_path / "a.txt") as file:
-        file.write(b"new")
-    assert (tmp_path / "a.txt").read_bytes() == b"new" and os.listdir(tmp_path) == ["a.txt"]
-    assert on_disk.called
-
-
-def test_what_a_killed_run_left_of_a_file_is_removed(tmp_path):
-    """Not what runs that go on write, each into a file of its own, or those of another machine."""
     host, dead, alive = socket.gethostname(), 2**22 + 1, os.getppid()
     kept = [f"[a].pt.{host}.{alive}.tmp", f"[a].pt.x{host}.{dead}.tmp", f"a.pt.{host}.{dead}.tmp"]
     for name in (*kept, f"[a].pt.{host}.{dead}.tmp", f"[a].pt.{host}.{dead + 1}.tmp"):
         (tmp_path / name).touch()
     with ic.atomic_write(tmp_path / "[a].pt") as file:
         assert file.name == f"{tmp_path}/[a].pt.{host}.{os.getpid()}.tmp"
+        file.write(b"new")
+    assert on_disk.called and (tmp_path / "[a].pt").read_bytes() == b"new"
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "[a].pt"])
