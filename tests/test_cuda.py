@@ -177,7 +177,9 @@ def test_two_processes_go_on_and_wait_only_for_their_mean_loss(card, monkeypatch
     monkeypatch.setattr(ic, "OUTPUT_PATH", str(tmp_path))
     saved = ic.new_state(tiny_model(), {"train": make_rows()})
     saved.scaler = torch.amp.GradScaler("cpu", 2.0**10)
-    ic.train_step(saved, make_batch(8))
+    with monkeypatch.context() as host:
+        host.setattr(torch.cuda, "is_available", lambda: False)
+        ic.train_step(saved, make_batch(8))
     saved.epoch = 2  # in the first, the loss is shown after a step
     ic.save_run(saved)
     loaded = torch.load(tmp_path / "last.pt", weights_only=True)
