@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_the_old_file_a_message_and_no_debris(tmp_path, untou
         if not fnmatch(str(path), f"*/{full}.*.tmp"):
             return real(path, *how, **more)
         Path(path).touch()
-        return real("/dev/full", "wb", buffering=0)
+        return real("/dev/full", "wb", buffering=0)  # refuses each write
 
     monkeypatch.setattr("builtins.open", opened)
     for full in ("64-*.u8", "64-*.u8.pt", "metrics.jsonl", "best.pt", "last.pt", "curves.png"):
