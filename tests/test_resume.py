@@ -196,7 +196,6 @@ def test_broken_weights_are_not_saved(output_path):
 
 # ---- What cannot be written ----
 def test_a_full_disk_leaves_the_old_file_a_message_and_no_debris(tmp_path, untouched, monkeypatch):
-    """torch's own writer turns the error into another."""
     real, full = open, ""
 
     def opened(path, *how, **more):

@@ -151,7 +151,7 @@ def test_awkward_datasets_are_learned_and_drawn(tmp_path, classes, images, title
     """Without a screen or a warning, with odd prompts, and without training where untitled."""
     titles = TITLES if titled else [""]
     files = sorted(map(str, (ROOT / "data/sample/images/train").iterdir()))
-    labels = [f"class_{i}_of_many" if i % 3 else "पुरुषों_की" + "ा" * (i // 3) for i in range(classes)]
+    labels = [f"class_{i}_of_$^$" if i % 3 else "पुरुषों_की" + "ा" * (i // 3) for i in range(classes)]
     (tmp_path / "data").mkdir()
     turns = islice(zip(files, cycle(titles), cycle(labels), strict=False), images)
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in turns]
