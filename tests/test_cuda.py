@@ -200,6 +200,7 @@ def test_two_processes_go_on_and_wait_only_for_their_mean_loss(card, monkeypatch
     assert "read_losses" in [line.name for line in waited.traceback]
     assert state.step == 2 and state.totals.is_cuda
     assert card.transfers == [False] + [True] * TRANSFERS * 2  # first, once: the totals
+    assert make_rows()[:8][0].untyped_storage() in card.pinned  # a batch is gathered there
     step = [("cuda", 3)] * 3 + [("cuda", 1), ("cpu", 0)]  # features, all gradients, signals
     assert reduced == [("cpu", 0)] * 2 + step * 2  # first the precision, and the place in the run
 
