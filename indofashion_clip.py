@@ -1210,7 +1210,8 @@ def atomic_write(path):
     except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError from it
         with suppress(OSError):
             os.remove(temporary)
-        sys.exit(f"cannot write {path}: {error.__context__ or error}; what it held is untouched")
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        sys.exit(f"cannot write {path}: {cause}; what it held is untouched")
 
 
 def save(name, content):

@@ -12,14 +12,10 @@ PIXELS = make_batch(6).pixels
 TITLES = ["saree", "a very long title " * 12, "", "blue silk saree", "men's kurta", "word " * 99]
 
 
-def plain_images(model):
-    return F.normalize(model.encode_image((PIXELS / 255 - model.mean) / model.std), dim=-1)
-
-
-# ---- The forward ----
 def test_the_forward_equals_clips_own_and_so_does_every_gradient():
     model, tokens, found = grown(tiny_model()), clip.tokenize(TITLES, truncate=True), []
-    plain = plain_images(model), F.normalize(model.encode_text(tokens), dim=-1)
+    plain = model.encode_image((PIXELS / 255 - model.mean) / model.std), model.encode_text(tokens)
+    plain = [F.normalize(features, dim=-1) for features in plain]
     images = ic.encode_images(model, torch.float32, PIXELS)
     for features in (plain, (images, ic.encode_texts(model, torch.float32, tokens))):
         model.zero_grad()
@@ -50,16 +46,8 @@ def test_autocast_stays_near_float32_and_features_are_float32():
         assert torch.allclose(rough.norm(dim=-1), torch.ones(6))
 
 
-# ---- Precision ----
 @pytest.mark.parametrize("amx, avx", [(True, False), (False, True), (False, False)])
 def test_precision_on_a_cpu_follows_its_instructions(monkeypatch, amx, avx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
     assert ic.choose_precision(CPU) == (torch.bfloat16 if amx or avx else torch.float32)
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_precision_on_a_gpu_is_a_half_one_and_bfloat16_only_where_it_is_native(monkeypatch, native):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
-    found = ic.choose_precision(torch.device("cuda"))
-    assert found == (torch.bfloat16 if native else torch.float16)
