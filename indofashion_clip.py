@@ -57,7 +57,7 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+warnings.filterwarnings("ignore", "pkg_resources is deprecated|.*torch.jit.load. is deprecated")
 try:
     from clip import model as clip_model
     from clip import tokenize as clip_tokenize
@@ -828,10 +828,9 @@ def open_cache(paths, resolution):
     if WORLD_SIZE > 1:  # all wait for the slowest machine, longer than another exchange may take
         dist.barrier(dist.new_group(timeout=timedelta(days=7), backend="gloo"))
     shape = len(paths), 3, resolution, resolution
-    pixels = torch.from_file(cache_file, size=math.prod(shape), dtype=torch.uint8).view(shape)
-    with open(cache_file, "rb") as file:
-        file.seek(pixels.numel())
-        return pixels, json.load(file)
+    content = torch.from_file(cache_file, size=os.path.getsize(cache_file), dtype=torch.uint8)
+    pixels, facts = content.tensor_split([math.prod(shape)])
+    return pixels.view(shape), json.loads(facts.numpy().tobytes())
 
 
 # ---- Dataset and batches -------------------------------------------------------------------------
@@ -1092,8 +1091,7 @@ def hub_file(repository, name):
 
 def load_pickle(path):
     """What torch.save or torch.jit.save has written."""
-    with warnings.catch_warnings(), suppress(RuntimeError):  # no archive
-        warnings.simplefilter("ignore")  # torch.jit.load is deprecated; OpenAI's files need it
+    with suppress(RuntimeError):  # no archive
         return torch.jit.load(path, map_location="cpu").state_dict()
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
