@@ -57,7 +57,8 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", "pkg_resources is deprecated|.*torch.jit.load. is deprecated")
+# The figures' font lacks some letters; and others warn of what is deprecated.
+warnings.filterwarnings("ignore", "Glyph|Matplotlib currently|pkg_resources|`torch.jit.load`")
 try:
     from clip import model as clip_model
     from clip import tokenize as clip_tokenize
@@ -512,7 +513,6 @@ def evaluate(state, dataset):
     """Zero-shot classification and retrieval on a split; every process does it all.
 
     The losses are by the first texts, in batches as large as training's.
-
     → (a line of metrics.jsonl; what the figures show: {"predicted": int64 [N], each image's class,
     "found": int64 [queries, 5], the images nearest to each of dataset.queries}).
     """
@@ -1216,9 +1216,8 @@ def save(name, content):
     """Write that file of OUTPUT_PATH, from the first process: a figure, lines of JSON, tensors."""
     if RANK > 0:
         return
-    with atomic_write(f"{OUTPUT_PATH}/{name}") as file, warnings.catch_warnings():
+    with atomic_write(f"{OUTPUT_PATH}/{name}") as file:
         if name.endswith(".png"):
-            warnings.filterwarnings("ignore", "Glyph|Matplotlib currently")  # lacks some letters
             content.savefig(file, format="png", dpi=100, bbox_inches="tight", pad_inches=0.15)
         elif name.endswith(".jsonl"):
             file.writelines(json.dumps(row).encode() + b"\n" for row in content)
