@@ -104,7 +104,7 @@ SAMPLE_RUN = {  # the run without a dataset: these replace the constants above
     "OUTPUT_PATH": "outputs/sample",
     "MODEL": "tiny",
     "BATCH_SIZE": 32,
-    "NUM_EPOCHS": 30,
+    "NUM_EPOCHS": 45,
     "LR": 1e-3,
 }
 
