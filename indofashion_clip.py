@@ -686,9 +686,9 @@ def load_splits(resolution):
     names = sorted({name for example in usable for name in example.classes})
     names = names if len(names) > 1 else []  # one has nothing to be told from
     say(f"{len(names):,} classes: {', '.join(names):.200}")
-    pixels, facts = open_cache([example.path for example in usable], resolution)
-    for row, (example, fact) in enumerate(zip(usable, facts, strict=True)):
-        example.row, (example.digest, example.reason) = row, fact
+    pixels, digests, reasons = open_cache([example.path for example in usable], resolution)
+    for row, (example, digest) in enumerate(zip(usable, digests, strict=True)):
+        example.row, example.digest, example.reason = row, digest, reasons.get(example.path, "")
         if not example.captions and not (names and example.classes):
             example.reason = "no title, and no class to tell from others"
     parts = find_usable(tables, examples)
@@ -800,19 +800,21 @@ def decode(path, resolution):
 
 def write_cache(cache_file, paths, resolution):
     """Decode N images into a file: pixels uint8 [N, 3, R, R], then the rest of decode as JSON."""
-    facts, work = [], functools.partial(decode, resolution=resolution)
+    digests, reasons, work = [], {}, functools.partial(decode, resolution=resolution)
     with atomic_write(cache_file) as file, ThreadPoolExecutor() as threads:
         with progress("decoding", len(paths)) as bar:
             for start in range(0, len(paths), 256):
-                for pixels, *fact in threads.map(work, paths[start : start + 256]):
+                part = paths[start : start + 256]
+                for path, (pixels, digest, why) in zip(part, threads.map(work, part), strict=True):
                     file.write(pixels.numpy())
-                    facts.append(fact)
+                    digests.append(digest)
+                    reasons |= {path: why} if why else {}
                     bar.update()
-        file.write(json.dumps(facts).encode())
+        file.write(json.dumps((digests, reasons)).encode())
 
 
 def open_cache(paths, resolution):
-    """→ (pixels uint8 [N, 3, R, R], [a digest of the pixels, why they are unusable or ""] of N).
+    """→ (pixels uint8 [N, 3, R, R], digests [N] of the pixels, {path: why it cannot be used}).
 
     Decodes if need be. The file's name is a digest of what it was made from: a file that exists is
     valid, and two datasets never share one. It is memory-mapped: the system keeps what it can.
@@ -830,7 +832,7 @@ def open_cache(paths, resolution):
     shape = len(paths), 3, resolution, resolution
     content = torch.from_file(cache_file, size=os.path.getsize(cache_file), dtype=torch.uint8)
     pixels, facts = content.tensor_split([math.prod(shape)])
-    return pixels.view(shape), json.loads(facts.numpy().tobytes())
+    return pixels.view(shape), *json.loads(facts.numpy().tobytes())
 
 
 # ---- Dataset and batches -------------------------------------------------------------------------
@@ -853,7 +855,9 @@ class FashionDataset(Dataset):
         self.labels = torch.tensor([number.get(e.classes, -1) for e in examples])
         texts = {text.lower(): text for e in examples for text in e.captions}  # alike to CLIP
         prompts = [prompt for name in class_names for prompt in class_prompts(name)]
-        self.tokens = clip_tokenize([*texts.values(), ""], truncate=True).int()
+        every = [*texts.values(), ""]
+        parts = (every[start : start + 10_000] for start in range(0, len(every), 10_000))
+        self.tokens = torch.cat([clip_tokenize(part, truncate=True).int() for part in parts])
         self.prompts = clip_tokenize(prompts, truncate=True).int().view(-1, len(PROMPTS), 77)
         row_of = {text: row for row, text in enumerate(texts)}
         captions = (dict.fromkeys(row_of[text.lower()] for text in e.captions) for e in examples)
