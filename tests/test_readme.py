@@ -173,6 +173,7 @@ QUOTES = {  # what the README says: (table, row, column)
     "open_clip takes {:.1f} times as long,": (STEP, "open_clip", SLOWER),
     "of transformers {:.1f}, of": (STEP, "transformers", SLOWER),
     "of sentence-transformers {:.1f} (": (STEP, "sentence_transformers", SLOWER),
+    "with AMX {:.1f},": (f"{STEP}, with AMX", "open_clip", SLOWER),
     "in float32 {:.1f},": (FLOAT32, "open_clip", SLOWER),
     "{:.1f} and": (FLOAT32, "transformers", SLOWER),
     "and {:.1f})": (FLOAT32, "sentence_transformers", SLOWER),
