@@ -431,8 +431,8 @@ def train(state, splits):
             state.views.setdefault("before", view)
             if best_line(state.history) is state.history[-1]:
                 state.views["after"] = view
-                # Written before last.pt: a run that is killed between them evaluates once more.
-                save("best.pt", {k: v.cpu() for k, v in state.model.state_dict().items()})
+                if RANK == 0:  # before last.pt: a run killed between them evaluates once more
+                    save("best.pt", {k: v.cpu() for k, v in state.model.state_dict().items()})
             state.epoch, state.step, state.totals = state.epoch + 1, 0, torch.zeros(3)
             save_run(state)
             stop_if_signalled(state)
@@ -459,9 +459,10 @@ def log(state, split, epoch, metrics):
 def finish(state, splits):
     """Draw val before and after training, and evaluate best.pt on test."""
     best_file, best_epoch = f"{OUTPUT_PATH}/best.pt", best_line(state.history)["epoch"]
-    draw_curves(state.history, best_epoch)
-    draw_confusion(splits["val"], state.views)
-    draw_retrieval(splits["val"], state.views)
+    if RANK == 0:
+        draw_curves(state.history, best_epoch)
+        draw_confusion(splits["val"], state.views)
+        draw_retrieval(splits["val"], state.views)
     state.optimizer = make_optimizer(state.model)  # drops the moments: nothing is trained any more
     if "test" in splits and state.history[-1]["split"] == "val":
         all_reduce(torch.zeros(1))  # best.pt is written
@@ -707,14 +708,14 @@ def find_usable(tables, examples):
     parts = {}
     for split, table in tables.items():
         parts[split] = usable = [e for e in examples if e.split == split and not e.reason]
-        reasons = ["line {line}: {reason}".format(**s) for s in skipped if s["split"] == split]
-        if not usable or sum(len(example.lines) for example in usable) < len(reasons):
-            first = reasons[0] if reasons else "it is empty"
+        left_out = [row for row in skipped if row["split"] == split]
+        if not usable or sum(len(example.lines) for example in usable) < len(left_out):
+            first = "line {line}: {reason}".format(**left_out[0]) if left_out else "it is empty"
             form = "Rows are JSON objects, or a CSV's, whose image_path is relative to IMAGE_PATH"
             sys.exit(f"{table}: most rows cannot be used; {first:.300}. {form}")
         images = f"{len(usable):7,} images, {sum(not e.captions for e in usable):,} of them without"
         captions = f"{sum(len(e.captions) for e in usable):,} captions"
-        say(f"{split:5} {images} a title; {captions}; {len(reasons):,} rows skipped")
+        say(f"{split:5} {images} a title; {captions}; {len(left_out):,} rows skipped")
     kinds = Counter(row["reason"].partition(":")[0] for row in skipped)
     for kind, count in kinds.most_common():
         first = next(row for row in skipped if row["reason"].startswith(kind))
@@ -865,7 +866,7 @@ class FashionDataset(Dataset):
         pairs = [(i, caption) for i, captions in enumerate(self.captions) for caption in captions]
         self.pairs = torch.tensor([pair for pair in pairs if pair[1] >= 0]).view(-1, 2)
         self.first_texts = torch.tensor([captions[0] for captions in self.captions])
-        self.queries = {i: [*texts.values()][i] for i in shuffled(len(texts))[:8].tolist()}
+        self.queries = {i: every[i] for i in shuffled(len(texts))[:8].tolist()}
 
     def __len__(self):
         return len(self.examples)
